@@ -1,0 +1,42 @@
+"""Layer-wise sharpness along the path between a model and its fine-tuned self.
+
+``scan(model_a, model_b, loader)`` measures, ``layers(model)`` shows the partition, ``load`` and ``folder`` read CLIP
+checkpoints and image folders, ``open`` reads a saved scan. Importing this package imports nothing heavy: each name
+is loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sharpscope._version import __version__
+
+if TYPE_CHECKING:
+    from sharpscope.data import Split
+    from sharpscope.partition import layers
+    from sharpscope.result import ScanResult
+    from sharpscope.result import open_result as open
+    from sharpscope.scanner import scan
+
+# No public function shares its name with a module: importing the module would shadow it.
+_HOMES = {
+    "ScanResult": ("sharpscope.result", "ScanResult"),
+    "Split": ("sharpscope.data", "Split"),
+    "layers": ("sharpscope.partition", "layers"),
+    "open": ("sharpscope.result", "open_result"),
+    "scan": ("sharpscope.scanner", "scan"),
+}
+
+__all__ = ["ScanResult", "Split", "__version__", "layers", "open", "scan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sharpscope' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Second derivatives of an objective at a point: products, traces, eigenvalues."""

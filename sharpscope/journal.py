@@ -1,0 +1,145 @@
+"""Finished cells on disk: one line each, appended and flushed, so that a killed scan loses one cell at most."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharpscope.errors import UsageError
+from sharpscope.table import Array, Cell, Row
+
+FORMAT = 1
+
+
+def _encode_array(array: Array) -> dict[str, Any]:
+    if array.dtype == bool:
+        return {"bits": base64.b64encode(np.packbits(array).tobytes()).decode(), "n": len(array)}
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return {"dtype": little.dtype.str, "data": base64.b64encode(little.tobytes()).decode()}
+
+
+def _decode_array(stored: Mapping[str, Any]) -> Array:
+    if "bits" in stored:
+        packed = np.frombuffer(base64.b64decode(stored["bits"]), dtype=np.uint8)
+        return np.unpackbits(packed, count=stored["n"]).astype(bool)
+    return np.frombuffer(base64.b64decode(stored["data"]), dtype=np.dtype(stored["dtype"])).copy()
+
+
+def encode(cell: Cell) -> str:
+    """Return the cell as one line of JSON that decodes to an equal cell; an unknown standard error is null."""
+    rows = [asdict(row) for row in cell.rows]
+    for row in rows:
+        row["stderr"] = row["stderr"] if math.isfinite(row["stderr"]) else None
+    arrays = {name: _encode_array(array) for name, array in cell.arrays.items()}
+    return json.dumps({"cell": cell.key, "rows": rows, "arrays": arrays}, allow_nan=False)
+
+
+def decode(line: str) -> Cell:
+    """Return the cell that :func:`encode` wrote; ``ValueError`` or ``KeyError`` if the line is not whole."""
+    stored = json.loads(line)
+    rows = [Row(**{**row, "stderr": math.inf if row["stderr"] is None else row["stderr"]}) for row in stored["rows"]]
+    arrays = {name: _decode_array(array) for name, array in stored["arrays"].items()}
+    return Cell(stored["cell"], tuple(rows), arrays)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Cell], int]:
+    """Return header, finished cells and the number of good bytes; a torn last line is left out of all three.
+
+    Raises
+    ------
+    UsageError
+        If the file has no readable header or a line before the last is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+    try:
+        header = json.loads(whole[0])
+        cells = [decode(line.decode()) for line in whole[1:]]
+    except (IndexError, ValueError, KeyError, TypeError) as damage:
+        raise UsageError(
+            f"{path} is not a readable list of cells ({damage})", "start anew with --fresh (fresh=True)"
+        ) from damage
+    if header.get("format") != FORMAT:
+        raise UsageError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}", "use --fresh")
+    return header, cells, sum(map(len, whole))
+
+
+class Journal:
+    """Cells of one plan, kept in a file if a path is given.
+
+    Parameters
+    ----------
+    path
+        ``cells.jsonl`` of an output folder, or None to keep cells in memory only.
+    plan
+        What determines the numbers (weights, data, layers, settings) as JSON values; a file of another plan is refused.
+    fresh
+        Discard what the file holds.
+
+    Raises
+    ------
+    UsageError
+        If the file belongs to another plan; the message names what differs.
+    """
+
+    def __init__(self, path: Path | None, plan: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self.plan = json.loads(json.dumps(plan))
+        self._cells: dict[str, Cell] = {}
+        if path is not None and not fresh and path.exists() and b"\n" in path.read_bytes():
+            self._resume(path)
+        elif path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path, json.dumps({"format": FORMAT, "plan": self.plan}), "wb")
+
+    def _resume(self, path: Path) -> None:
+        header, cells, size = read(path)
+        theirs = header["plan"]
+        differing = sorted(k for k in self.plan.keys() | theirs.keys() if self.plan.get(k) != theirs.get(k))
+        if differing:
+            name = differing[0]
+            raise UsageError(
+                f"{path} belongs to another scan: {', '.join(differing)} differ "
+                f"({name}: {_short(theirs.get(name))} there, {_short(self.plan.get(name))} now)",
+                "choose another --out, or --fresh (fresh=True) to discard it",
+            )
+        os.truncate(path, size)
+        self._cells = {cell.key: cell for cell in cells}
+
+    @staticmethod
+    def _write(path: Path, line: str, mode: str) -> None:
+        with path.open(mode) as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._cells
+
+    def __getitem__(self, key: str) -> Cell:
+        return self._cells[key]
+
+    def __iter__(self) -> Iterator[Cell]:
+        return iter(self._cells.values())
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def append(self, cell: Cell) -> None:
+        """Keep the cell, on disk before this returns."""
+        if self.path is not None:
+            self._write(self.path, encode(cell), "ab")
+        self._cells[cell.key] = cell
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,55 @@
+"""Vectors handed from one alpha to the next as starting guesses, on disk beside the cells so that resume is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from sharpscope.tree import Tree
+
+_SEPARATOR = "::"  # safetensors is flat: "lambda_max/visual.proj::visual_projection.weight"
+
+
+class Memory:
+    """What was learned at each alpha, by its index; in a folder if one is given.
+
+    A file is complete before the cells that were computed with it are, and the one before it is kept: a scan
+    killed anywhere resumes with the guesses it would have had.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._latest: dict[int, dict[str, Tree]] = {}
+
+    def _path(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"memory-{index:04d}.safetensors"
+
+    def before(self, index: int, device: str) -> dict[str, Tree]:
+        """Return what the point before ``index`` left, or nothing."""
+        if index - 1 in self._latest:
+            return dict(self._latest[index - 1])
+        if self.folder is None or not self._path(index - 1).exists():
+            return {}
+        found: dict[str, Tree] = {}
+        for key, tensor in load_file(self._path(index - 1), device=device).items():
+            measure, _, name = key.partition(_SEPARATOR)
+            found.setdefault(measure, {})[name] = tensor
+        return found
+
+    def keep(self, index: int, found: dict[str, Tree]) -> None:
+        """Remember what the point at ``index`` found; forget all but this and the one before."""
+        self._latest = {index: found}
+        if self.folder is None or not found:
+            return
+        flat = {f"{m}{_SEPARATOR}{n}": t.contiguous() for m, tree in found.items() for n, t in tree.items()}
+        beside = self._path(index).with_suffix(".part")
+        save_file(flat, beside)
+        beside.replace(self._path(index))
+        self._path(index - 2).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove the files of a scan that has ended or is begun anew."""
+        for path in self.folder.glob("memory-*.safetensors") if self.folder else ():
+            path.unlink()

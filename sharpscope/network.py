@@ -1,0 +1,74 @@
+"""A torch module as a pure function of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sharpscope.errors import ModelError
+from sharpscope.tree import Tree
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module in evaluation mode: its forward as a function, its parameters and its buffers, both detached."""
+
+    module: nn.Module
+    parameters: Tree
+    buffers: Tree
+
+    def forward(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the logits ``(n, classes)`` at the weights; ``weights`` must hold parameters and buffers."""
+        return logits(functional_call(self.module, dict(weights), (inputs,)))
+
+
+def logits(outputs: Any) -> Tensor:
+    """Return the tensor of a model's output: itself, its ``.logits``, or its first member."""
+    found = getattr(outputs, "logits", outputs)
+    found = found[0] if isinstance(found, tuple | list) else found
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ModelError(
+            f"the model returned {type(found).__name__}{shape}", "a forward that returns logits of shape (n, classes)"
+        )
+    return found
+
+
+def network(module: nn.Module, role: str) -> Network:
+    """Return the module as a function of its weights; the module is not changed.
+
+    Parameters
+    ----------
+    module
+        Any module in evaluation mode.
+    role
+        Whose module it is, for messages: ``"the zero-shot model"``.
+
+    Raises
+    ------
+    ModelError
+        If it is no module, is in training mode, or has half-precision weights; the message names the culprit.
+    """
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{role} is a {type(module).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
+    training = [name or "the module itself" for name, sub in module.named_modules() if sub.training]
+    if training:
+        raise ModelError(
+            f"{role} is in training mode ({training[0]}; {len(training)} submodules): dropout and batch statistics "
+            "would make its loss random",
+            "call .eval() on it",
+        )
+    floating = {n: p.detach() for n, p in module.named_parameters() if p.is_floating_point()}
+    if half := next((n for n, p in floating.items() if p.dtype in _HALF), None):
+        raise ModelError(
+            f"{role} has {floating[half].dtype} weights ({half!r}); curvature in half precision is noise",
+            "model.float(), or load it with sharpscope.load",
+        )
+    return Network(module, floating, {n: b.detach() for n, b in module.named_buffers()})

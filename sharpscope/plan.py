@@ -1,0 +1,289 @@
+"""What a scan is going to do, checked before it starts: the plan, and the job it is done on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sharpscope._version import __version__
+from sharpscope.curvature.point import Point
+from sharpscope.data import Split
+from sharpscope.errors import DataError, UsageError
+from sharpscope.measures import Measure
+from sharpscope.network import Network, network
+from sharpscope.objective import Objective, check_deterministic, check_finite, cross_entropy
+from sharpscope.partition import Granularity, Partition, container_names, partition
+from sharpscope.path import CONVENTION, Path
+from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
+
+ROLES = ("the zero-shot model", "the fine-tuned model")
+
+
+def alphas_from(chosen: int | Sequence[float]) -> tuple[float, ...]:
+    """Return the points of the path: a number of evenly spaced ones, or those given, sorted.
+
+    >>> alphas_from(3)
+    (0.0, 0.5, 1.0)
+    """
+    if isinstance(chosen, int):
+        if chosen < 2:
+            raise UsageError(f"alphas={chosen}: a path has two ends at least", "alphas=11, or a list of points")
+        return tuple(round(i / (chosen - 1), 12) for i in range(chosen))
+    points = tuple(sorted(float(alpha) for alpha in chosen))
+    if not points or not np.isfinite(points).all() or len(set(points)) < len(points):
+        raise UsageError(f"alphas={list(chosen)}: needs distinct finite numbers", "e.g. alphas=[0, 0.5, 1]")
+    return points
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that determine the numbers."""
+
+    alphas: tuple[float, ...]
+    measures: tuple[Measure, ...]
+    seed: int
+    limit: int | None
+    batch_size: int
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
+            raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Measure name -> its settings."""
+        return {measure.name: asdict(measure) for measure in self.measures}  # type: ignore[call-overload]
+
+
+@dataclass
+class Job:
+    """Two models and data, checked and on their device: what the plan is carried out on."""
+
+    path: Path
+    constants: Tree  # buffers that are the same in both models
+    layers: Partition  # of the tensors that the loss touches
+    all_layers: Partition
+    splits: list[Split]  # ID first
+    curvature_split: str
+    curvature_images: int
+    sharpness_data: Split
+    objective: Objective
+    names: tuple[str, str]
+    device: torch.device
+    warnings: list[str]
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def weights(self, alpha: float) -> Tree:
+        """Return all tensors that the forward takes, at alpha."""
+        return {**self.constants, **self.path(alpha)}
+
+    def columns(self, split: Split) -> Tensor | None:
+        """Return the split's classes on the device, None for all."""
+        return None if split.columns is None else torch.tensor(split.columns, device=self.device)
+
+    def count(self, point: Point) -> None:
+        """Add the point's products to the cost."""
+        self.counts.update(point.counts)
+
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """Return what must be equal for cells to belong to the same scan."""
+        layers = json.dumps({k: list(v) for k, v in self.layers.layers.items()})
+        return {
+            "weights": [fingerprint({**self.constants, **end}) for end in (self.path.start, self.path.end)],
+            "data": {split.name: split.fingerprint for split in [*self.splits, self.sharpness_data]},
+            "layers": hashlib.sha256(layers.encode()).hexdigest(),
+            "alphas": list(plan.alphas),
+            "measures": plan.settings,
+            "seed": plan.seed,
+            "limit": plan.limit,
+            "batch_size": plan.batch_size,
+        }
+
+    def describe(self, plan: Plan, done: int) -> str:
+        """Return the plan in one line."""
+        resumed = f", {done} cells are there already" if done else ""
+        names = ", ".join(plan.settings) or "accuracy only"
+        return (
+            f"{len(self.layers.layers)} layers x {len(plan.alphas)} alphas on {self.device}: {names} "
+            f"on {self.curvature_images} images of {self.curvature_split!r}; "
+            f"evaluation on {', '.join(f'{s.name} ({len(s)})' for s in self.splits)}{resumed}"
+        )
+
+    def meta(self, plan: Plan, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Return the plan and provenance of a result, see :class:`sharpscope.result.ScanResult`."""
+        return {
+            "sharpscope": __version__,
+            "alpha_convention": CONVENTION,
+            "alphas": list(plan.alphas),
+            "measures": plan.settings,
+            "seed": plan.seed,
+            "granularity": plan.granularity,
+            "curvature_split": self.curvature_split,
+            "splits": self._split_facts(),
+            "layers": self._layer_facts(),
+            "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
+            "models": {
+                role: {"name": name, "hash": mark}
+                for role, name, mark in zip(("zero_shot", "fine_tuned"), self.names, identity["weights"], strict=True)
+            },
+            "provenance": provenance(self.device, next(iter(self.path.start.values())).dtype),
+            "cost": {"seconds": round(seconds, 3), **dict(self.counts)},
+            "warnings": self.warnings,
+            "plan": identity,
+        }
+
+    def _split_facts(self) -> dict[str, Any]:
+        facts = {}
+        for split in dict.fromkeys([*self.splits, self.sharpness_data]):
+            role = "id" if split is self.splits[0] else "ood" if split in self.splits else "sharpness"
+            facts[split.name] = {
+                "role": role,
+                "n": len(split),
+                "classes": None if split.classes is None else list(split.classes),
+                "columns": None if split.columns is None else list(split.columns),
+                "fingerprint": split.fingerprint,
+                "measured": self.curvature_images if split.name == self.curvature_split else 0,
+            }
+        return facts
+
+    def _layer_facts(self) -> dict[str, Any]:
+        delta = self.path.delta
+        return {
+            layer: {
+                "tensors": len(names),
+                "size": sum(self.path.start[n].numel() for n in names),
+                "delta_norm": norm(select(delta, names)),
+                "start_norm": norm(select(self.path.start, names)),
+            }
+            for layer, names in self.layers.layers.items()
+        }
+
+
+def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return versions, device and arithmetic that the numbers were made with."""
+    return {
+        "sharpscope": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "attention": "math (unfused) for curvature",
+    }
+
+
+def _module(model: Any, classes: Sequence[str] | None) -> tuple[Any, str]:
+    """Return a classifier and its name: the model itself, or a CLIP with the head of the data's class names."""
+    if not hasattr(model, "classifier") or isinstance(model, nn.Module):
+        return model, type(model).__name__
+    if classes is None:
+        raise DataError(
+            f"{model.name} is a CLIP and needs class names for its head, the ID data has none",
+            "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
+        )
+    return model.classifier(classes), model.name
+
+
+def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
+    """Return the path, the constant buffers, and a warning if running statistics lie on the path."""
+    first, second = networks
+    check_same_structure(first.buffers, second.buffers, ROLES)
+    moving = [n for n, b in first.buffers.items() if b.is_floating_point() and not torch.equal(b, second.buffers[n])]
+    path = Path(
+        {**first.parameters, **select(first.buffers, moving)}, {**second.parameters, **select(second.buffers, moving)}
+    )
+    notes = []
+    if moving:
+        notes.append(
+            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; batch-norm "
+            "statistics are wrong between the ends without recalibration"
+        )
+    return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
+
+
+def _device(chosen: str | None, weights: Tree) -> torch.device:
+    if chosen is not None:
+        return torch.device(chosen)
+    return torch.device("cuda") if torch.cuda.is_available() else next(iter(weights.values())).device
+
+
+def _moved(tree: Tree, device: torch.device) -> Tree:
+    return {name: tensor.to(device) for name, tensor in tree.items()}
+
+
+def prepare(
+    models: tuple[Any, Any],
+    id_split: Split,
+    ood: list[Split],
+    curvature: Split,
+    plan: Plan,
+    patterns: Mapping[str, str] | None,
+    device: str | None,
+) -> Job:
+    """Return the job, after checking models against each other and the data against the models.
+
+    Cost: two forwards and one gradient of a batch, and a forward per split.
+    """
+    _check_names([id_split, *ood])
+    (module, name_a), (other, name_b) = (_module(model, id_split.classes) for model in models)
+    networks = (network(module, ROLES[0]), network(other, ROLES[1]))
+    path, constants, notes = _ends(networks)
+    place = _device(device, path.start)
+    path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
+    if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
+        notes.append("both models have the same weights: every point of the path is the same")
+    parameters = list(networks[0].parameters)
+    everything = partition(
+        parameters, granularity=plan.granularity, containers=container_names(module), patterns=patterns
+    )
+    batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
+    objective = Objective(networks[0].forward, cross_entropy, batches)
+    layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
+    return Job(
+        path=path,
+        constants=constants,
+        layers=layers,
+        all_layers=everything,
+        splits=[id_split, *ood],
+        curvature_split=curvature.name,
+        curvature_images=objective.examples,
+        sharpness_data=curvature,
+        objective=objective,
+        names=(name_a, name_b),
+        device=place,
+        warnings=notes,
+    )
+
+
+def _check_names(splits: list[Split]) -> None:
+    names = [split.name for split in splits]
+    if twice := {name for name in names if names.count(name) > 1 or "|" in name}:
+        raise UsageError(f"data set name {min(twice)!r} is used twice or holds a '|'", "give each set its own name")
+
+
+def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> Partition:
+    """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches."""
+    first = Objective(objective.forward, objective.loss, objective.batches[:1])
+    with torch.no_grad():
+        classes = first.outputs(weights, first.batches[0].inputs[:1]).shape[1]
+    for split in splits:
+        split.check_labels(classes)
+    check_finite(first(weights), "the zero-shot end")
+    check_deterministic(first, weights)
+    point = Point(first, weights, everything.names, graph_bytes=0)
+    return everything.only(set(everything.names) - point.unused)

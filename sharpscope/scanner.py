@@ -1,0 +1,169 @@
+"""The scan: two models and data in, cells out, one alpha after the other, resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from sharpscope.curvature.estimate import Estimate
+from sharpscope.curvature.point import Point
+from sharpscope.data import Split, as_split
+from sharpscope.evaluate import evaluation_cell, per_example
+from sharpscope.journal import Journal
+from sharpscope.measures import DEFAULT, Measure, measures_from
+from sharpscope.memory import Memory
+from sharpscope.objective import check_finite
+from sharpscope.partition import Granularity
+from sharpscope.plan import Job, Plan, alphas_from, prepare
+from sharpscope.progress import Progress
+from sharpscope.result import ScanResult
+from sharpscope.table import Cell, Row, cell_key
+from sharpscope.tree import Tree
+
+
+def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
+    batches = (batch.to(job.device) for batch in split)
+    examples = per_example(job.objective.forward, weights, batches, job.columns(split))
+    check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
+    return evaluation_cell(alpha, split.name, examples)
+
+
+def _curvature_cell(alpha: float, split: str, measure: str, found: Mapping[str, Estimate]) -> Cell:
+    rows = tuple(
+        Row(alpha, layer, split, measure, e.value, e.stderr, e.draws, e.converged) for layer, e in found.items()
+    )
+    return Cell(cell_key(alpha, split, measure), rows, {layer: e.samples for layer, e in found.items()})
+
+
+def _measure(job: Job, plan: Plan, point: Point, measure: Measure, alpha: float, tick: Any) -> Cell:
+    found = {}
+    for layer, estimate in measure(point, job.layers, plan.seed):
+        found[layer] = estimate
+        tick(measure.name, layer)
+    return _curvature_cell(alpha, job.curvature_split, measure.name, found)
+
+
+def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory, tick: Any) -> Iterator[Cell]:
+    """Yield the cells of one alpha that are not in the journal yet."""
+    alpha = plan.alphas[index]
+    weights = job.weights(alpha)
+    for split in job.splits:
+        if cell_key(alpha, split.name, "evaluation") not in journal:
+            cell = _evaluate(job, weights, alpha, split)
+            tick("evaluation", split.name)
+            yield cell
+    missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
+    if not missing:
+        return
+    point = Point(job.objective, weights, job.layers.names, memory=memory.before(index, str(job.device)))
+    check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
+    for measure in missing:
+        known = len(point.found)
+        cell = _measure(job, plan, point, measure, alpha, tick)
+        if len(point.found) > known:  # on disk before the cell that goes with it
+            memory.keep(index, point.found)
+        yield cell
+    job.count(point)
+
+
+def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
+    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again."""
+    for index, alpha in enumerate(plan.alphas):
+
+        def tick(measure: str, what: str, index: int = index) -> None:
+            progress.step(index, measure, what)
+
+        for cell in _cells_at(job, plan, index, journal, memory, tick):
+            journal.append(cell)
+            yield cell
+        progress.alpha_done(index, alpha)
+
+
+def scan(
+    model_a: Any,
+    model_b: Any,
+    loader: Any,
+    *,
+    ood: Mapping[str, Any] | None = None,
+    alphas: int | Sequence[float] = 11,
+    measures: Sequence[str | Measure] = DEFAULT,
+    sharpness_on: Any = None,
+    limit: int | None = 256,
+    batch_size: int = 64,
+    granularity: Granularity = "block",
+    patterns: Mapping[str, str] | None = None,
+    seed: int = 0,
+    out: str | FilePath | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+    progress: bool | None = None,
+) -> ScanResult:
+    """Return sharpness, per layer and global, and accuracy along the path from ``model_a`` to ``model_b``.
+
+    Parameters
+    ----------
+    model_a, model_b
+        The zero-shot and the fine-tuned model: any two ``torch.nn.Module`` of one architecture whose forward gives
+        logits, in evaluation mode, or two CLIPs from :func:`sharpscope.load`, whose head is built from the class
+        names of ``loader``. They are not modified.
+    loader
+        In-distribution data: batches ``(x, y)`` or dicts with image and label keys, in a fixed order.
+    ood
+        Name -> loader of each out-of-distribution set.
+    alphas
+        Number of evenly spaced points from 0 to 1, or the points. 0 is ``model_a``, 1 is ``model_b``.
+    measures
+        Names (``trace``, ``lambda_max``, ``m_sharpness``, ``m_sharpness_average``) or configured measures.
+    sharpness_on
+        Data that sharpness is measured on, e.g. training images; default ``loader``.
+    limit
+        Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
+    batch_size
+        Examples whose gradient graph is built at once; bounds memory, changes no number beyond rounding.
+    granularity, patterns
+        What a layer is; see :func:`sharpscope.partition.partition`.
+    seed
+        Of all draws: probes, start vectors, the sample of images. Each draw depends on the seed, the measure, the
+        layer and its number only, so curves over alpha are smooth and resuming changes nothing.
+    out
+        Folder that every finished cell is written to; a scan found there is resumed, if it is the same plan.
+    fresh
+        Discard what ``out`` holds.
+    device
+        Default: a GPU if there is one, else where ``model_a`` is.
+    progress
+        False for none; default a bar on a terminal, else a line per alpha, on stderr.
+
+    Raises
+    ------
+    MismatchError
+        If the models are not of one architecture.
+    ModelError, DataError, MeasurementError
+        Naming what cannot be measured on and the way out.
+
+    Notes
+    -----
+    Cost for a network of L layers: about 60 to 200 gradients over ``limit`` images per alpha with the default
+    measures, plus one forward over all data sets.
+    """
+    started = time.monotonic()
+    plan = Plan(alphas_from(alphas), measures_from(measures), seed, limit, batch_size, granularity)
+    id_split = as_split(loader, "id")
+    ood_splits = [as_split(data, name) for name, data in (ood or {}).items()]
+    curvature = id_split if sharpness_on is None else as_split(sharpness_on, "sharpness")
+    job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+    folder = None if out is None else FilePath(out)
+    journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
+    memory = Memory(folder)
+    steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
+    with Progress(steps, len(plan.alphas), progress) as bar:
+        bar.say(job.describe(plan, len(journal)))
+        for _ in cells(job, plan, journal, memory, bar):
+            pass
+    result = ScanResult(journal, job.meta(plan, journal.plan, time.monotonic() - started))
+    if folder is not None:
+        result.save(folder)
+        memory.clear()
+    return result

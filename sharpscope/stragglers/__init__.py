@@ -1,0 +1,1 @@
+"""From measured numbers to decisions: which layers co-move with the OOD error, which alpha to ship."""

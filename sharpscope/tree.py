@@ -1,0 +1,106 @@
+"""Arithmetic on named tensors: a vector in weight space is a ``Tree``, never flattened."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from sharpscope.errors import MismatchError
+
+Tree = dict[str, Tensor]
+
+
+def check_same_structure(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str]) -> None:
+    """Raise unless both trees have the same keys, shapes and dtypes; ``names`` says whose trees they are.
+
+    Raises
+    ------
+    MismatchError
+        Naming the first tensor that differs, with both shapes or dtypes.
+    """
+    if missing := [key for key in [*first, *second] if key not in first or key not in second]:
+        absent = names[1] if missing[0] in first else names[0]
+        raise MismatchError(
+            "the models do not share an architecture: "
+            f"{len(first)} tensors in {names[0]}, {len(second)} in {names[1]}; "
+            f"{missing[0]!r} is missing in {absent} ({len(missing)} names differ)",
+            "pass two models of one architecture, e.g. a checkpoint and its fine-tuned self",
+        )
+    for key, tensor in first.items():
+        other = second[key]
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            raise MismatchError(
+                f"tensor {key!r} is {tuple(tensor.shape)} {tensor.dtype} in {names[0]} "
+                f"but {tuple(other.shape)} {other.dtype} in {names[1]}",
+                "pass two models of one architecture and dtype (model.float() makes both float32)",
+            )
+
+
+def dot(a: Tree, b: Tree) -> float:
+    """Return the inner product over the keys of ``a``, accumulated in float64."""
+    sums = [torch.sum(tensor * b[name], dtype=torch.float64) for name, tensor in a.items()]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def norm(a: Tree) -> float:
+    """Return the Euclidean norm, accumulated in float64."""
+    return dot(a, a) ** 0.5
+
+
+def axpy(scale: float, x: Tree, y: Tree) -> Tree:
+    """Return ``y + scale * x`` over the keys of ``y``."""
+    return {name: torch.add(tensor, x[name], alpha=scale) for name, tensor in y.items()}
+
+
+def scaled(a: Tree, factor: float) -> Tree:
+    """Return ``factor * a``."""
+    return {name: tensor * factor for name, tensor in a.items()}
+
+
+def select(a: Tree, names: Iterable[str]) -> Tree:
+    """Return the sub-tree of the given names, in their order."""
+    return {name: a[name] for name in names}
+
+
+def zeros(like: Tree) -> Tree:
+    """Return a tree of zeros."""
+    return {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+
+
+def _generator(tensor: Tensor, key: tuple[object, ...], name: str) -> torch.Generator:
+    # One generator per tensor: numbers do not depend on the order, the choice or the sharding of the others.
+    digest = hashlib.sha256(repr((*key, name)).encode()).digest()
+    return torch.Generator(device=tensor.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def rademacher(like: Tree, *key: object) -> Tree:
+    """Return independent signs of -1 and 1 in the shapes of ``like``, determined by the key and each tensor's name."""
+    signs = {}
+    for name, tensor in like.items():
+        generator = _generator(tensor, key, name)
+        bits = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8)
+        signs[name] = bits.to(tensor.dtype) * 2 - 1
+    return signs
+
+
+def gaussian(like: Tree, *key: object) -> Tree:
+    """Return independent standard normal numbers in the shapes of ``like``, determined by key and tensor name."""
+    return {
+        name: torch.randn(
+            tensor.shape, generator=_generator(tensor, key, name), device=tensor.device, dtype=tensor.dtype
+        )
+        for name, tensor in like.items()
+    }
+
+
+def fingerprint(a: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names, shapes, dtypes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(a):
+        tensor = a[name].detach().contiguous().cpu()
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
