@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sharpscope._version import __version__
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
-from sharpscope.errors import DataError, UsageError
+from sharpscope.errors import DataError, ModelError, UsageError
 from sharpscope.measures import Measure
 from sharpscope.network import Network, network
 from sharpscope.objective import Objective, check_deterministic, check_finite, cross_entropy
@@ -279,11 +279,23 @@ def _check_names(splits: list[Split]) -> None:
 def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> Partition:
     """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches."""
     first = Objective(objective.forward, objective.loss, objective.batches[:1])
-    with torch.no_grad():
-        classes = first.outputs(weights, first.batches[0].inputs[:1]).shape[1]
+    classes = _classes(first, weights)
     for split in splits:
         split.check_labels(classes)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     point = Point(first, weights, everything.names, graph_bytes=0)
     return everything.only(set(everything.names) - point.unused)
+
+
+def _classes(objective: Objective, weights: Tree) -> int:
+    """Return how many classes the model tells apart; ``ModelError`` if it cannot take the data."""
+    example = objective.batches[0].inputs[:1]
+    try:
+        with torch.no_grad():
+            return objective.outputs(weights, example).shape[1]
+    except RuntimeError as refusal:
+        raise ModelError(
+            f"the zero-shot model fails on inputs of shape {tuple(example.shape)} {example.dtype}: {refusal}",
+            "give the loader the size, channels and dtype that the model was made for",
+        ) from refusal

@@ -113,7 +113,8 @@ class LambdaMax:
         point.found.update({f"{self.name}/{layer}": vector for layer, vector in found.items()})
 
     def _start(self, point: Point, layer: str, names: tuple[str, ...], seed: int) -> Tree:
-        guess = point.memory.get(f"{self.name}/{layer}") or select(point.gradient, names)
+        # In the layer's own order: sums over a tree read back from disk must not round differently.
+        guess = select(point.memory.get(f"{self.name}/{layer}", point.gradient), names)
         length = norm(guess)
         random = gaussian(guess, seed, self.name, layer)
         share = self.noise / norm(random)

@@ -1,0 +1,32 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Needs Python 3.11 or newer with pip and venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= sharpscope-demo
+
+.PHONY: demo test lint types format environment bench figures clean
+
+environment:
+	@$(PYTHON) .ci/environment.py
+
+demo: environment
+	$(BIN)/sharpscope demo --out $(OUT)
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: environment
+	$(BIN)/mypy
+
+format: environment
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: environment
+	$(BIN)/python benchmarks/layerwise.py --size tiny
+
+clean:
+	rm -rf .venv .venv.lock build dist *.egg-info

@@ -1,0 +1,98 @@
+"""The house keeps its order: imports point one way, reading needs no torch, importing is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sharpscope"
+# From the ground up: a module may import what stands before it. Modules of one room stand together.
+ROOMS = [
+    ["_version", "errors"],
+    ["table"],
+    ["journal"],
+    ["stragglers"],
+    ["tree", "partition"],
+    ["path"],
+    ["objective"],
+    ["network", "data"],
+    ["curvature"],
+    ["perturbation", "evaluate"],
+    ["measures", "memory", "progress"],
+    ["models"],
+    ["folders"],
+    ["plan"],
+    ["report", "summary", "result"],
+    ["scanner"],
+    ["config", "doctor", "demo"],
+    ["commands", "cli", "__main__"],
+]
+RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
+
+
+def imports(path):
+    """Yield the sharpscope modules that a file imports when it is loaded; not those inside functions or for types."""
+    tree = ast.parse(path.read_text())
+    tops = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    for node in tops:
+        for sub in ast.walk(node) if not isinstance(node, ast.FunctionDef | ast.ClassDef) else ():
+            if isinstance(sub, ast.ImportFrom) and (sub.module or "").startswith("sharpscope."):
+                yield sub.module.split(".")[1]
+            elif isinstance(sub, ast.ImportFrom) and sub.module == "sharpscope":
+                yield from (alias.name for alias in sub.names)
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    if room(path) == "__init__":
+        return
+    assert room(path) in RANK, f"{path} is in no room"
+    for imported in imports(path):
+        assert RANK[imported] <= RANK[room(path)], f"{path.name} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import sharpscope", {"torch", "matplotlib", "transformers", "pandas"}),
+        ("import sharpscope.result, sharpscope.stragglers.correlation", {"torch", "matplotlib", "transformers"}),
+        ("import sharpscope; sharpscope.scan, sharpscope.layers", {"matplotlib", "transformers"}),
+        ("import sharpscope.report.page", {"torch", "transformers"}),
+        ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
+    ],
+)
+def test_importing_loads_nothing_it_does_not_need(statement, absent):
+    code = f"{statement}; import sys; print(*({absent!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_no_public_name_is_shadowed_by_a_module():
+    import sharpscope
+
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not modules & set(sharpscope.__all__)
+
+
+@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split"])
+def test_every_public_name_resolves_and_is_documented(name):
+    import sharpscope
+
+    assert (getattr(sharpscope, name).__doc__ or "").strip()
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import sharpscope
+
+    with pytest.raises(AttributeError, match="no attribute 'scann'"):
+        sharpscope.scann  # noqa: B018

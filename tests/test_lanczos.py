@@ -1,0 +1,119 @@
+"""Eigenvalues against dense ones, residuals as true bounds, and start vectors that must not mislead."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nets import block, dense_hessian, made, objective
+
+from sharpscope import tree
+from sharpscope.curvature.lanczos import LambdaMax, largest
+from sharpscope.curvature.point import Point
+from sharpscope.partition import container_names, partition
+from sharpscope.table import MODEL
+
+
+def matrix_product(matrix):
+    return lambda v: {"x": matrix @ v["x"]}
+
+
+def symmetric(eigenvalues, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=torch.float64, generator=random))
+    return q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ q.T, q
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "vit"])
+def test_every_layers_eigenvalue_is_the_dense_one(kind):
+    net = made(kind)
+    fn, weights, names = objective(net)
+    layers = partition(names, containers=container_names(net))
+    hessian, places = dense_hessian(net)
+    measure = LambdaMax(tolerance=1e-9, most=200)
+    for layer, found in measure(Point(fn, weights, names), layers, seed=0):
+        mine = hessian if layer == MODEL else block(hessian, places, layers.layers[layer])
+        top = float(torch.linalg.eigvalsh(mine)[-1])
+        assert found.value == pytest.approx(top, rel=1e-8, abs=1e-10), layer
+        assert found.converged, layer
+
+
+def test_an_eigenvalue_lies_within_the_residual():
+    matrix, _ = symmetric(np.linspace(-1, 3, 40))
+    for tolerance in (0.3, 0.1, 0.01):
+        ritz = largest(matrix_product(matrix), {"x": torch.ones(40, dtype=torch.float64)}, tolerance=tolerance, most=40)
+        assert np.abs(np.linspace(-1, 3, 40) - ritz.value).min() <= ritz.residual * (1 + 1e-9) + 1e-12
+        image = matrix @ ritz.vector["x"]
+        assert float((image - ritz.value * ritz.vector["x"]).norm()) == pytest.approx(
+            ritz.residual, rel=1e-6, abs=1e-12
+        )
+        assert ritz.residual <= tolerance * ritz.value
+
+
+def test_the_largest_signed_eigenvalue_is_found_when_the_smallest_is_as_large():
+    """PyHessian returns .398 where the truth is 1.260 and -1.259."""
+    matrix, _ = symmetric([1.260, -1.259, *np.linspace(-0.4, 0.4, 30)])
+    ritz = largest(matrix_product(matrix), {"x": torch.ones(32, dtype=torch.float64)}, tolerance=1e-6, most=32)
+    assert ritz.value == pytest.approx(1.260, abs=1e-6)
+
+
+def test_reorthogonalisation_keeps_long_runs_free_of_ghosts():
+    """200 steps on a spectrum with one far outlier: without reorthogonalisation the basis collapses onto it."""
+    matrix, _ = symmetric([1000.0, *np.linspace(0, 1, 219)])
+    seen = []
+
+    def product(v):
+        seen.append(v["x"])
+        return {"x": matrix @ v["x"]}
+
+    largest(product, {"x": torch.ones(220, dtype=torch.float64)}, tolerance=0.0, most=200)
+    basis = torch.stack(seen)
+    assert (basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max() < 1e-10
+
+
+def test_an_exhausted_krylov_space_ends_the_run_with_the_exact_value():
+    matrix, q = symmetric([5.0, 2.0, 1.0, 0.5])
+    ritz = largest(matrix_product(matrix), {"x": q[:, 0] + q[:, 1]}, tolerance=0.0, most=4)
+    assert (ritz.value, len(ritz.history)) == (pytest.approx(5.0), 2)
+
+
+def test_a_block_without_curvature_is_zero_and_converged():
+    ritz = largest(lambda v: {"x": 0 * v["x"]}, {"x": torch.ones(5)}, tolerance=0.01, most=5)
+    assert (ritz.value, ritz.residual) == (0.0, 0.0)
+    assert LambdaMax()._estimate(ritz).converged
+
+
+def test_too_few_steps_are_said_to_be_unconverged():
+    net = made("vit")
+    fn, weights, names = objective(net)
+    layers = partition(names, containers=container_names(net))
+    found = dict(LambdaMax(tolerance=1e-6, most=3)(Point(fn, weights, names), layers, seed=0))
+    assert not found[MODEL].converged
+    assert found[MODEL].stderr > 0
+    assert found[MODEL].draws == 3
+
+
+def test_neighbours_eigenvectors_save_steps_and_change_no_value():
+    net = made("vit")
+    fn, weights, names = objective(net)
+    layers = partition(names, containers=container_names(net))
+    cold = Point(fn, weights, names)
+    first = dict(LambdaMax(tolerance=1e-3)(cold, layers, seed=0))
+    near = {n: w + 1e-3 * torch.randn_like(w) if n in names else w for n, w in weights.items()}
+    warm = dict(LambdaMax(tolerance=1e-3)(Point(fn, near, names, memory=cold.found), layers, seed=0))
+    anew = dict(LambdaMax(tolerance=1e-3)(Point(fn, near, names), layers, seed=0))
+    assert sum(e.draws for e in warm.values()) < sum(e.draws for e in anew.values())
+    for layer, estimate in warm.items():
+        assert estimate.value == pytest.approx(anew[layer].value, rel=2e-3), layer
+    assert first.keys() == warm.keys()
+
+
+def test_a_start_at_the_second_eigenvector_still_finds_the_first():
+    """Along a path the order of eigenvectors can swap: the noise in the start vector is there for this case."""
+    matrix, q = symmetric([1.0, 0.9, *np.linspace(0, 0.2, 38)])
+
+    point = SimpleNamespace(gradient={"x": q[:, 1]}, memory={"lambda_max/x": {"x": q[:, 1].clone()}})
+    start = LambdaMax()._start(point, "x", ("x",), seed=0)
+    ritz = largest(matrix_product(matrix), start, tolerance=0.01, most=40)
+    assert ritz.value == pytest.approx(1.0, rel=0.01)
+    assert tree.norm(ritz.vector) == pytest.approx(1.0)

@@ -1,0 +1,73 @@
+"""Every tensor in exactly one layer, named alike across libraries."""
+
+import pytest
+from nets import made
+
+import sharpscope
+from sharpscope.errors import UsageError
+from sharpscope.partition import GRANULARITIES, partition
+
+TRANSFORMERS = [
+    "logit_scale",
+    "text_model.embeddings.token_embedding.weight",
+    *(f"text_model.encoder.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj.weight", "mlp.fc1.bias")),
+    "text_model.final_layer_norm.weight",
+    "vision_model.embeddings.class_embedding",
+    "vision_model.pre_layrnorm.bias",
+    *(f"vision_model.encoder.layers.{i}.{n}" for i in (0, 10, 9) for n in ("layer_norm1.bias", "mlp.fc2.weight")),
+    "vision_model.post_layernorm.weight",
+    "visual_projection.weight",
+    "text_projection.weight",
+]
+OPEN_CLIP = [
+    "positional_embedding",
+    "text_projection",
+    "logit_scale",
+    "visual.class_embedding",
+    "visual.proj",
+    "visual.conv1.weight",
+    "visual.ln_pre.weight",
+    *(f"visual.transformer.resblocks.{i}.{n}" for i in (0, 10, 9) for n in ("ln_1.weight", "attn.in_proj_weight")),
+    "visual.ln_post.weight",
+    *(f"transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(2)),
+    "token_embedding.weight",
+    "ln_final.weight",
+]
+IDS = [
+    "visual.embed", "visual.block.00", "visual.block.09", "visual.block.10", "visual.norm", "visual.proj",
+    "text.embed", "text.block.00", "text.block.01", "text.norm", "text.proj", "logit_scale",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [TRANSFORMERS, OPEN_CLIP])
+def test_both_libraries_have_the_same_ids_in_depth_order(names):
+    assert list(partition(names).layers) == IDS
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("names", [TRANSFORMERS, OPEN_CLIP, ["a.0.weight", "a.1.weight", "b.weight", "scale"]])
+def test_every_tensor_lies_in_exactly_one_layer(names, granularity):
+    assert sorted(partition(names, granularity=granularity, containers=["a"]).names) == sorted(names)
+
+
+def test_parts_split_a_block_into_attention_mlp_and_norms():
+    found = partition(TRANSFORMERS, granularity="part").layers
+    assert {"text.block.00.attn", "text.block.00.mlp", "visual.block.00.ln", "visual.block.09.mlp"} <= found.keys()
+
+
+def test_an_unknown_part_joins_its_block_with_a_warning():
+    with pytest.warns(UserWarning, match="no known part"):
+        found = partition([*TRANSFORMERS, "vision_model.encoder.layers.0.gate"], granularity="part")
+    assert found.layers["visual.block.00"] == ("vision_model.encoder.layers.0.gate",)
+
+
+def test_a_plain_module_falls_into_children_and_members_of_lists():
+    assert list(sharpscope.layers(made("vit")).layers) == ["patch", "blocks.0", "blocks.1", "norm", "head"]
+    assert list(sharpscope.layers(made("mlp")).layers) == ["1", "3", "4"]
+
+
+def test_patterns_come_first_and_one_that_matches_nothing_is_refused():
+    found = partition(TRANSFORMERS, patterns={"early": r"vision_model\.(embeddings|encoder\.layers\.0\.)"})
+    assert len(found.layers["early"]) == 3
+    with pytest.raises(UsageError, match="'nowhere' of layer 'x' matches no tensor"):
+        partition(TRANSFORMERS, patterns={"x": "nowhere"})
