@@ -14,6 +14,8 @@ from sharpscope._version import __version__
 
 if TYPE_CHECKING:
     from sharpscope.data import Split
+    from sharpscope.folders import folder
+    from sharpscope.models import load
     from sharpscope.partition import layers
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
+    "folder": ("sharpscope.folders", "folder"),
     "layers": ("sharpscope.partition", "layers"),
+    "load": ("sharpscope.models", "load"),
     "open": ("sharpscope.result", "open_result"),
     "scan": ("sharpscope.scanner", "scan"),
 }
 
-__all__ = ["ScanResult", "Split", "__version__", "layers", "open", "scan"]
+__all__ = ["ScanResult", "Split", "__version__", "folder", "layers", "load", "open", "scan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -147,7 +147,7 @@ class Split:
         inputs = torch.cat(kept)
         place = torch.searchsorted(wanted.nonzero()[:, 0], torch.as_tensor(chosen))
         inputs = inputs[place.to(inputs.device)]
-        pairs = zip(inputs.split(batch_size), self.targets[chosen].split(batch_size), strict=True)
+        pairs = zip(torch.split(inputs, batch_size), torch.split(self.targets[chosen], batch_size), strict=True)
         return tuple(Batch(x, y) for x, y in pairs)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Protocol
 
+from sharpscope.curvature.directional import Directional
 from sharpscope.curvature.estimate import Estimates
-from sharpscope.curvature.lanczos import LambdaMax
+from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import UsageError
@@ -30,11 +31,24 @@ class Measure(Protocol):
         """Yield layer ids with estimates."""
 
 
-MEASURES: dict[str, type[Measure]] = {
-    "trace": Trace,
-    "lambda_max": LambdaMax,
-    "m_sharpness": MSharpness,
-    "m_sharpness_average": AverageMSharpness,
+# With their default settings; anything else is passed as a configured measure.
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        Trace(),
+        Eigenvalue(),
+        MSharpness(),
+        AverageMSharpness(),
+        Eigenvalue("min"),
+        Directional(),
+        Trace(matrix="gauss_newton"),
+        Eigenvalue(matrix="gauss_newton"),
+        Directional(matrix="gauss_newton"),
+        MSharpness(adaptive=True, rho=0.5),
+        MSharpness(norm="inf", rho=0.001),
+        MSharpness(steps=20, restarts=1),
+        AverageMSharpness(adaptive=True, rho=0.1),
+    )
 }
 DEFAULT = ("trace", "lambda_max", "m_sharpness")
 
@@ -53,7 +67,7 @@ def measures_from(chosen: Sequence[str | Measure]) -> tuple[Measure, ...]:
             near = get_close_matches(item, MEASURES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UsageError(f"measure {item!r} is unknown", f"{hint}known: {', '.join(MEASURES)}")
-        found.append(MEASURES[item]() if isinstance(item, str) else item)
+        found.append(MEASURES[item] if isinstance(item, str) else item)
     names = [measure.name for measure in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"measure {min(twice)!r} is given twice", "one of each per scan")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpscope.errors import ModelError
 from sharpscope.tree import Tree
@@ -64,6 +65,13 @@ def network(module: nn.Module, role: str) -> Network:
             f"{role} is in training mode ({training[0]}; {len(training)} submodules): dropout and batch statistics "
             "would make its loss random",
             "call .eval() on it",
+        )
+    batch_norms = [n for n, sub in module.named_modules() if isinstance(sub, _BatchNorm) and sub.running_mean is None]
+    if batch_norms:
+        raise ModelError(
+            f"{role} has a batch norm without running statistics ({batch_norms[0]!r}): its loss depends on how the "
+            "examples are batched",
+            "track_running_stats=True, or a norm that sees one example at a time",
         )
     floating = {n: p.detach() for n, p in module.named_parameters() if p.is_floating_point()}
     if half := next((n for n, p in floating.items() if p.dtype in _HALF), None):

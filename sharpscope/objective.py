@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope.errors import MeasurementError
+from sharpscope.losses import Loss
 from sharpscope.tree import Tree
 
 
 class Batch(NamedTuple):
-    """Inputs, first axis examples, and integer targets of shape ``(n,)``."""
+    """Inputs, first axis examples, and targets, usually class numbers of shape ``(n,)``.
 
-    inputs: Tensor
+    Inputs are a tensor, or a mapping of tensors for a forward that takes several (image and text).
+    """
+
+    inputs: Any
     targets: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on the device."""
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        if isinstance(self.inputs, Mapping):
+            inputs: Any = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        else:
+            inputs = self.inputs.to(device)
+        return Batch(inputs, self.targets.to(device))
 
 
-Forward = Callable[[Tree, Tensor], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy of logits ``(n, classes)`` and targets ``(n,)``."""
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+Forward = Callable[[Tree, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Objective:
         """Number of examples over all batches."""
         return sum(len(batch.targets) for batch in self.batches)
 
-    def outputs(self, weights: Tree, inputs: Tensor) -> Tensor:
+    def outputs(self, weights: Tree, inputs: Any) -> Tensor:
         """Return the outputs; attention runs unfused, as the fused kernels have no second derivative."""
         with sdpa_kernel(SDPBackend.MATH):
             return self.forward(weights, inputs)
@@ -67,6 +69,21 @@ class Objective:
     def part(self, weights: Tree, batch: Batch) -> Tensor:
         """Return what the batch adds to the mean loss: its summed loss over the number of all examples."""
         return self.loss(self.outputs(weights, batch.inputs), batch.targets) / self.examples
+
+    def gradient(self, weights: Tree, names: Iterable[str]) -> tuple[float, Tree]:
+        """Return the mean loss and its gradient by the named tensors, zero where the loss does not touch one.
+
+        Cost: one gradient, without a graph to differentiate again.
+        """
+        leaves = {name: weights[name].detach().requires_grad_() for name in names}
+        here, loss, total = {**weights, **leaves}, 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
+        for batch in self.batches:
+            with torch.enable_grad():
+                part = self.part(here, batch)
+            found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
+            total = [t + f for t, f in zip(total, found, strict=True)]
+            loss += float(part.detach())
+        return loss, dict(zip(leaves, total, strict=True))
 
     @torch.no_grad()
     def __call__(self, weights: Tree) -> float:

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
+from sharpscope.apgd import ascend
+from sharpscope.ball import Ball, Norm, check
 from sharpscope.curvature.estimate import Estimate, Estimates, mean_and_error
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
+from sharpscope.losses import logit_normalised
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, gaussian, norm, select
-
-_SMALLEST = 1e-8  # adaptive scale of a weight that is zero; a plain |w| makes 0/0 in the projection
+from sharpscope.tree import Tree, gaussian, select, uniform
 
 
 def groups(objective: Objective, size: int) -> list[Objective]:
-    """Return the examples in fixed groups of ``size`` (the last may be smaller), an objective each."""
+    """Return the examples in fixed groups of ``size`` (the last may be smaller), an objective each.
+
+    Raises
+    ------
+    UsageError
+        If the inputs are no plain tensors: a contrastive batch is one unit and cannot be regrouped.
+    """
+    if not all(isinstance(batch.inputs, torch.Tensor) for batch in objective.batches):
+        raise UsageError("m-sharpness regroups examples, and these inputs are no plain tensors", "trace or lambda_max")
     inputs = torch.cat([batch.inputs for batch in objective.batches])
     targets = torch.cat([batch.targets for batch in objective.batches])
-    pairs = zip(inputs.split(size), targets.split(size), strict=True)
+    pairs = zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
     return [replace(objective, batches=(Batch(x, y),)) for x, y in pairs]
-
-
-def _scales(weights: Tree, adaptive: bool) -> Tree:
-    if adaptive:
-        return {name: tensor.detach().abs().clamp_min(_SMALLEST) for name, tensor in weights.items()}
-    return {name: torch.ones_like(tensor) for name, tensor in weights.items()}
-
-
-def ascent(gradient: Tree, scales: Tree, rho: float, norm_order: float) -> Tree:
-    """Return the d that maximises <gradient, d> subject to ``||d / c||_p <= rho``, c the scales, p 2 or infinity.
-
-    For p = 2 it is ``rho c^2 g / ||c g||``, for infinity ``rho c sign(g)``; zero where the gradient is zero.
-    """
-    if norm_order == np.inf:
-        return {name: rho * scales[name] * g.sign() for name, g in gradient.items()}
-    length = norm({name: scales[name] * g for name, g in gradient.items()})
-    if length == 0:
-        return {name: torch.zeros_like(g) for name, g in gradient.items()}
-    return {name: (rho / length) * scales[name] ** 2 * g for name, g in gradient.items()}
 
 
 def moved(weights: Tree, step: Tree) -> Tree:
@@ -52,44 +41,86 @@ def moved(weights: Tree, step: Tree) -> Tree:
     return {name: tensor + step[name] if name in step else tensor for name, tensor in weights.items()}
 
 
+def _objective(point: Point, normalised: bool) -> Objective:
+    return replace(point.objective, loss=logit_normalised(point.objective.loss)) if normalised else point.objective
+
+
 @dataclass(frozen=True)
 class MSharpness:
-    """Worst-case m-sharpness by one ascent step: mean over groups S of ``L_S(w + d) - L_S(w)``, d in one layer only.
+    """Worst-case m-sharpness: mean over groups S of ``max L_S(w + d) - L_S(w)``, d in a layer, ``||d / c||_p <= rho``.
 
-    d is the maximiser of the linearised loss of the group within ``||d / c||_p <= rho`` (arXiv 2010.01412), with
-    c = 1 or, adaptive, ``max(|w|, 1e-8)``. A lower bound of the true maximum. The standard error is over groups
-    and so holds the sampling of the images. Cost: one gradient, and one forward per layer.
+    The maximum is sought by one ascent step (SAM, arXiv 2010.01412) or by ``steps`` of APGD with restarts
+    (arXiv 2302.07011), so the value is a lower bound of the true one. The maximum is taken per group, then averaged,
+    groups weighing by their size. The standard error is over groups and so holds the sampling of the images.
+    Cost: one gradient and one forward per layer; APGD: ``steps * (restarts + 1)`` gradients per layer.
+
+    Parameters
+    ----------
+    rho
+        Radius of the ball.
+    m
+        Examples per group.
+    norm
+        ``"2"`` or ``"inf"``.
+    adaptive
+        c = ``max(|w|, 1e-8)`` instead of 1: free of the scale of weights.
+    logits
+        ``"raw"``, or ``"normalised"``: loss of logits centred and divided by their norm.
+    steps, restarts
+        1: a single ascent step. More: APGD from zero, then from ``restarts`` random points.
+    relative
+        Relative standard error up to which a row counts as converged.
+    label
+        Name in the rows; default from the settings.
     """
 
-    name: ClassVar[str] = "m_sharpness"
     rho: float = 0.05
     m: int = 32
-    norm: Literal["2", "inf"] = "2"
+    norm: Norm = "2"
     adaptive: bool = False
+    logits: str = "raw"
+    steps: int = 1
+    restarts: int = 0
     relative: float = 0.3
+    label: str = ""
 
     def __post_init__(self) -> None:
-        if self.rho <= 0 or self.m < 1 or self.norm not in ("2", "inf"):
-            raise UsageError(f"{self} cannot be meant", "rho > 0, m >= 1 and norm '2' or 'inf'")
+        check(self.rho, self.norm)
+        if min(self.m, self.steps) < 1 or self.restarts < 0 or self.logits not in ("raw", "normalised"):
+            raise UsageError(f"{self} cannot be meant", "m, steps >= 1, restarts >= 0, logits 'raw' or 'normalised'")
 
-    def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:  # noqa: ARG002
+    @property
+    def name(self) -> str:
+        """``m_sharpness`` with what departs from the default."""
+        return self.label or _named("m_sharpness", {"apgd": self.steps > 1, "inf": self.norm == "inf"}, self)
+
+    def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:
         """Yield an estimate per layer, then of the model."""
         wanted = {**layers.layers, MODEL: layers.names}
+        balls = {
+            layer: Ball.around(select(point.weights, names), self.rho, self.norm, self.adaptive)
+            for layer, names in wanted.items()
+        }
         rises: dict[str, list[float]] = {layer: [] for layer in wanted}
         sizes: list[int] = []
-        for group in groups(point.objective, self.m):
+        for number, group in enumerate(groups(_objective(point, self.logits == "normalised"), self.m)):
             sizes.append(group.examples)
-            for layer, rise in self._rises(point, group, wanted):
+            for layer, rise in self._rises(point, group, balls, (seed, self.name, number)):
                 rises[layer].append(rise)
         for layer, found in rises.items():
             yield layer, self._estimate(np.array(found), np.array(sizes))
 
-    def _rises(self, point: Point, group: Objective, wanted: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, float]]:
-        here = Point(group, point.weights, wanted[MODEL], graph_bytes=0)
-        scales = _scales(select(point.weights, wanted[MODEL]), self.adaptive)
-        for layer, names in wanted.items():
-            step = ascent(select(here.gradient, names), scales, self.rho, float(self.norm))
-            yield layer, group(moved(point.weights, step)) - here.loss
+    def _rises(
+        self, point: Point, group: Objective, balls: dict[str, Ball], key: tuple[object, ...]
+    ) -> Iterator[tuple[str, float]]:
+        base, gradient = group.gradient(point.weights, balls[MODEL].scales)
+        for layer, ball in balls.items():
+            own = select(gradient, ball.scales)
+            if self.steps == 1:
+                best = group(moved(point.weights, ball.steepest(own)))
+            else:
+                best = ascend(group, point.weights, ball, (base, own), self.steps, self.restarts, (*key, layer))
+            yield layer, best - base
 
     def _estimate(self, rises: np.ndarray, sizes: np.ndarray) -> Estimate:
         value = float(np.average(rises, weights=sizes))
@@ -99,36 +130,58 @@ class MSharpness:
 
 @dataclass(frozen=True)
 class AverageMSharpness:
-    """Average-case m-sharpness: mean of ``L(w + d) - L(w)`` over Gaussian d = rho c N(0, 1) in one layer only.
+    """Average-case m-sharpness: mean of ``L(w + d) - L(w)``, d random in one layer, ``rho c N(0, 1)`` or uniform.
 
     The mean over groups is linear, so m does not matter and all examples form one group. Draws come as pairs
-    (d, -d), which removes the gradient term: for small rho the value is ``rho^2 / 2 * tr(c H c)`` of the layer.
-    Cost: two forwards per layer and draw.
+    (d, -d), which removes the gradient term: for small rho the value is ``rho^2 / 2 * tr(c H c)`` of the layer
+    (uniform noise: a third of it). Cost: two forwards per layer and draw.
+
+    Parameters
+    ----------
+    rho
+        Standard deviation of the Gaussian (``norm="2"``), half width of the uniform noise (``"inf"``), per weight.
+    draws
+        Pairs.
+    norm, adaptive, logits, relative, label
+        As in :class:`MSharpness`.
     """
 
-    name: ClassVar[str] = "m_sharpness_average"
     rho: float = 0.01
     draws: int = 8
+    norm: Norm = "2"
     adaptive: bool = False
+    logits: str = "raw"
     relative: float = 0.3
+    label: str = ""
 
     def __post_init__(self) -> None:
-        if self.rho <= 0 or self.draws < 1:
-            raise UsageError(f"{self} cannot be meant", "rho > 0 and draws >= 1")
+        check(self.rho, self.norm)
+        if self.draws < 1 or self.logits not in ("raw", "normalised"):
+            raise UsageError(f"{self} cannot be meant", "draws >= 1 and logits 'raw' or 'normalised'")
+
+    @property
+    def name(self) -> str:
+        """``m_sharpness_average`` with what departs from the default."""
+        return self.label or _named("m_sharpness_average", {"inf": self.norm == "inf"}, self)
 
     def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:
         """Yield an estimate per layer, then of the model."""
+        objective = _objective(point, self.logits == "normalised")
+        base = objective(point.weights)
         for layer, names in {**layers.layers, MODEL: layers.names}.items():
-            own = select(point.weights, names)
-            scales = _scales(own, self.adaptive)
-            rises = [self._rise(point, own, scales, (seed, self.name, layer, draw)) for draw in range(self.draws)]
+            ball = Ball.around(select(point.weights, names), self.rho, self.norm, self.adaptive)
+            keys = ((seed, self.name, layer, draw) for draw in range(self.draws))
+            rises = [self._mean_loss(objective, point.weights, ball, key) - base for key in keys]
             value, error = mean_and_error(rises)
             yield layer, Estimate(value, error, len(rises), error <= self.relative * abs(value), np.array(rises))
 
-    def _rise(self, point: Point, own: Tree, scales: Tree, key: tuple[object, ...]) -> float:
-        noise = gaussian(own, *key)
-        losses = []
-        for sign in (1, -1):
-            step = {name: sign * self.rho * scales[name] * tensor for name, tensor in noise.items()}
-            losses.append(point.objective(moved(point.weights, step)))
-        return (losses[0] + losses[1]) / 2 - point.loss
+    def _mean_loss(self, objective: Objective, weights: Tree, ball: Ball, key: tuple[object, ...]) -> float:
+        noise = gaussian(ball.scales, *key) if self.norm == "2" else uniform(ball.scales, *key)
+        step = {name: ball.rho * ball.scales[name] * tensor for name, tensor in noise.items()}
+        back = {name: -tensor for name, tensor in step.items()}
+        return (objective(moved(weights, step)) + objective(moved(weights, back))) / 2
+
+
+def _named(base: str, parts: dict[str, bool], measure: MSharpness | AverageMSharpness) -> str:
+    parts = {**parts, "adaptive": measure.adaptive, "logit_normalised": measure.logits == "normalised"}
+    return "_".join([base, *(part for part, present in parts.items() if present)])

@@ -19,11 +19,13 @@ from sharpscope._version import __version__
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
 from sharpscope.errors import DataError, ModelError, UsageError
+from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.network import Network, network
-from sharpscope.objective import Objective, check_deterministic, check_finite, cross_entropy
+from sharpscope.objective import Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
 from sharpscope.path import CONVENTION, Path
+from sharpscope.precision import Precision
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")
@@ -55,6 +57,10 @@ class Plan:
     limit: int | None
     batch_size: int
     granularity: Granularity
+    loss: Loss = cross_entropy
+    loss_name: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    precision: Precision = "highest"
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
@@ -108,6 +114,8 @@ class Job:
             "seed": plan.seed,
             "limit": plan.limit,
             "batch_size": plan.batch_size,
+            "loss": [plan.loss_name, plan.label_smoothing],
+            "precision": plan.precision,
         }
 
     def describe(self, plan: Plan, done: int) -> str:
@@ -252,7 +260,7 @@ def prepare(
         parameters, granularity=plan.granularity, containers=container_names(module), patterns=patterns
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
-    objective = Objective(networks[0].forward, cross_entropy, batches)
+    objective = Objective(networks[0].forward, plan.loss, batches)
     layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
     return Job(
         path=path,

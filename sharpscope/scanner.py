@@ -12,11 +12,13 @@ from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.journal import Journal
+from sharpscope.losses import Loss, loss_from
 from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
 from sharpscope.partition import Granularity
 from sharpscope.plan import Job, Plan, alphas_from, prepare
+from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
 from sharpscope.result import ScanResult
 from sharpscope.table import Cell, Row, cell_key
@@ -57,7 +59,8 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
     if not missing:
         return
-    point = Point(job.objective, weights, job.layers.names, memory=memory.before(index, str(job.device)))
+    guesses = memory.before(index, str(job.device))
+    point = Point(job.objective, weights, job.layers.names, memory=guesses, delta=job.path.delta)
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
     for measure in missing:
         known = len(point.found)
@@ -81,6 +84,15 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
         progress.alpha_done(index, alpha)
 
 
+def _measured(job: Job, plan: Plan, journal: Journal, memory: Memory, show: bool | None) -> None:
+    """Bring the journal to completion, with progress."""
+    steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
+    with Progress(steps, len(plan.alphas), show) as bar:
+        bar.say(job.describe(plan, len(journal)))
+        for _ in cells(job, plan, journal, memory, bar):
+            pass
+
+
 def scan(
     model_a: Any,
     model_b: Any,
@@ -90,6 +102,8 @@ def scan(
     alphas: int | Sequence[float] = 11,
     measures: Sequence[str | Measure] = DEFAULT,
     sharpness_on: Any = None,
+    loss: str | Loss = "cross_entropy",
+    label_smoothing: float = 0.0,
     limit: int | None = 256,
     batch_size: int = 64,
     granularity: Granularity = "block",
@@ -98,6 +112,7 @@ def scan(
     out: str | FilePath | None = None,
     fresh: bool = False,
     device: str | None = None,
+    precision: Precision = "highest",
     progress: bool | None = None,
 ) -> ScanResult:
     """Return sharpness, per layer and global, and accuracy along the path from ``model_a`` to ``model_b``.
@@ -115,9 +130,12 @@ def scan(
     alphas
         Number of evenly spaced points from 0 to 1, or the points. 0 is ``model_a``, 1 is ``model_b``.
     measures
-        Names (``trace``, ``lambda_max``, ``m_sharpness``, ``m_sharpness_average``) or configured measures.
+        Names in :data:`sharpscope.measures.MEASURES`, or configured measures, e.g. ``Trace(relative=0.01)``.
     sharpness_on
         Data that sharpness is measured on, e.g. training images; default ``loader``.
+    loss, label_smoothing
+        The loss whose sharpness is measured: ``cross_entropy`` or ``squared_error``, or a function of outputs and
+        targets that returns the sum over examples. The evaluation always reports cross-entropy.
     limit
         Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
     batch_size
@@ -133,6 +151,9 @@ def scan(
         Discard what ``out`` holds.
     device
         Default: a GPU if there is one, else where ``model_a`` is.
+    precision
+        Of float32 matrix products on a GPU: ``highest`` (full float32) or ``high`` (TF32: faster; a block product
+        differed by 4e-4). Set for the scan only, and recorded.
     progress
         False for none; default a bar on a terminal, else a line per alpha, on stderr.
 
@@ -149,21 +170,28 @@ def scan(
     measures, plus one forward over all data sets.
     """
     started = time.monotonic()
-    plan = Plan(alphas_from(alphas), measures_from(measures), seed, limit, batch_size, granularity)
+    plan = Plan(
+        alphas=alphas_from(alphas),
+        measures=measures_from(measures),
+        seed=seed,
+        limit=limit,
+        batch_size=batch_size,
+        granularity=granularity,
+        loss=loss_from(loss, label_smoothing) if isinstance(loss, str) else loss,
+        loss_name=loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
+        label_smoothing=label_smoothing,
+        precision=precision,
+    )
     id_split = as_split(loader, "id")
     ood_splits = [as_split(data, name) for name, data in (ood or {}).items()]
     curvature = id_split if sharpness_on is None else as_split(sharpness_on, "sharpness")
-    job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
     folder = None if out is None else FilePath(out)
-    journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-    memory = Memory(folder)
-    steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
-    with Progress(steps, len(plan.alphas), progress) as bar:
-        bar.say(job.describe(plan, len(journal)))
-        for _ in cells(job, plan, journal, memory, bar):
-            pass
-    result = ScanResult(journal, job.meta(plan, journal.plan, time.monotonic() - started))
+    with matmul_precision(precision):
+        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+        journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
+        _measured(job, plan, journal, Memory(folder), progress)
+        result = ScanResult(journal, job.meta(plan, journal.plan, time.monotonic() - started))
     if folder is not None:
         result.save(folder)
-        memory.clear()
+        Memory(folder).clear()
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -47,7 +48,7 @@ def dot(a: Tree, b: Tree) -> float:
 
 def norm(a: Tree) -> float:
     """Return the Euclidean norm, accumulated in float64."""
-    return dot(a, a) ** 0.5
+    return math.sqrt(dot(a, a))
 
 
 def axpy(scale: float, x: Tree, y: Tree) -> Tree:
@@ -94,6 +95,16 @@ def gaussian(like: Tree, *key: object) -> Tree:
         )
         for name, tensor in like.items()
     }
+
+
+def uniform(like: Tree, *key: object) -> Tree:
+    """Return independent uniform numbers in [-1, 1) in the shapes of ``like``, determined by key and tensor name."""
+    draws = {}
+    for name, tensor in like.items():
+        generator = _generator(tensor, key, name)
+        unit = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+        draws[name] = unit * 2 - 1
+    return draws
 
 
 def fingerprint(a: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sharpscope.objective import Batch, Objective, cross_entropy
+from sharpscope.losses import cross_entropy
+from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree
 
 

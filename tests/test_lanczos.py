@@ -8,7 +8,7 @@ import torch
 from nets import block, dense_hessian, made, objective
 
 from sharpscope import tree
-from sharpscope.curvature.lanczos import LambdaMax, largest
+from sharpscope.curvature.lanczos import Eigenvalue, largest
 from sharpscope.curvature.point import Point
 from sharpscope.partition import container_names, partition
 from sharpscope.table import MODEL
@@ -30,7 +30,7 @@ def test_every_layers_eigenvalue_is_the_dense_one(kind):
     fn, weights, names = objective(net)
     layers = partition(names, containers=container_names(net))
     hessian, places = dense_hessian(net)
-    measure = LambdaMax(tolerance=1e-9, most=200)
+    measure = Eigenvalue(tolerance=1e-9, most=200)
     for layer, found in measure(Point(fn, weights, names), layers, seed=0):
         mine = hessian if layer == MODEL else block(hessian, places, layers.layers[layer])
         top = float(torch.linalg.eigvalsh(mine)[-1])
@@ -41,7 +41,7 @@ def test_every_layers_eigenvalue_is_the_dense_one(kind):
 def test_an_eigenvalue_lies_within_the_residual():
     matrix, _ = symmetric(np.linspace(-1, 3, 40))
     for tolerance in (0.3, 0.1, 0.01):
-        ritz = largest(matrix_product(matrix), {"x": torch.ones(40, dtype=torch.float64)}, tolerance=tolerance, most=40)
+        (ritz,) = largest(matrix_product(matrix), {"x": torch.ones(40, dtype=torch.float64)}, tolerance=tolerance, most=40)
         assert np.abs(np.linspace(-1, 3, 40) - ritz.value).min() <= ritz.residual * (1 + 1e-9) + 1e-12
         image = matrix @ ritz.vector["x"]
         assert float((image - ritz.value * ritz.vector["x"]).norm()) == pytest.approx(
@@ -53,7 +53,7 @@ def test_an_eigenvalue_lies_within_the_residual():
 def test_the_largest_signed_eigenvalue_is_found_when_the_smallest_is_as_large():
     """PyHessian returns .398 where the truth is 1.260 and -1.259."""
     matrix, _ = symmetric([1.260, -1.259, *np.linspace(-0.4, 0.4, 30)])
-    ritz = largest(matrix_product(matrix), {"x": torch.ones(32, dtype=torch.float64)}, tolerance=1e-6, most=32)
+    (ritz,) = largest(matrix_product(matrix), {"x": torch.ones(32, dtype=torch.float64)}, tolerance=1e-6, most=32)
     assert ritz.value == pytest.approx(1.260, abs=1e-6)
 
 
@@ -73,21 +73,21 @@ def test_reorthogonalisation_keeps_long_runs_free_of_ghosts():
 
 def test_an_exhausted_krylov_space_ends_the_run_with_the_exact_value():
     matrix, q = symmetric([5.0, 2.0, 1.0, 0.5])
-    ritz = largest(matrix_product(matrix), {"x": q[:, 0] + q[:, 1]}, tolerance=0.0, most=4)
+    (ritz,) = largest(matrix_product(matrix), {"x": q[:, 0] + q[:, 1]}, tolerance=0.0, most=4)
     assert (ritz.value, len(ritz.history)) == (pytest.approx(5.0), 2)
 
 
 def test_a_block_without_curvature_is_zero_and_converged():
-    ritz = largest(lambda v: {"x": 0 * v["x"]}, {"x": torch.ones(5)}, tolerance=0.01, most=5)
+    (ritz,) = largest(lambda v: {"x": 0 * v["x"]}, {"x": torch.ones(5)}, tolerance=0.01, most=5)
     assert (ritz.value, ritz.residual) == (0.0, 0.0)
-    assert LambdaMax()._estimate(ritz).converged
+    assert Eigenvalue()._estimate(ritz).converged
 
 
 def test_too_few_steps_are_said_to_be_unconverged():
     net = made("vit")
     fn, weights, names = objective(net)
     layers = partition(names, containers=container_names(net))
-    found = dict(LambdaMax(tolerance=1e-6, most=3)(Point(fn, weights, names), layers, seed=0))
+    found = dict(Eigenvalue(tolerance=1e-6, most=3)(Point(fn, weights, names), layers, seed=0))
     assert not found[MODEL].converged
     assert found[MODEL].stderr > 0
     assert found[MODEL].draws == 3
@@ -98,10 +98,10 @@ def test_neighbours_eigenvectors_save_steps_and_change_no_value():
     fn, weights, names = objective(net)
     layers = partition(names, containers=container_names(net))
     cold = Point(fn, weights, names)
-    first = dict(LambdaMax(tolerance=1e-3)(cold, layers, seed=0))
+    first = dict(Eigenvalue(tolerance=1e-3)(cold, layers, seed=0))
     near = {n: w + 1e-3 * torch.randn_like(w) if n in names else w for n, w in weights.items()}
-    warm = dict(LambdaMax(tolerance=1e-3)(Point(fn, near, names, memory=cold.found), layers, seed=0))
-    anew = dict(LambdaMax(tolerance=1e-3)(Point(fn, near, names), layers, seed=0))
+    warm = dict(Eigenvalue(tolerance=1e-3)(Point(fn, near, names, memory=cold.found), layers, seed=0))
+    anew = dict(Eigenvalue(tolerance=1e-3)(Point(fn, near, names), layers, seed=0))
     assert sum(e.draws for e in warm.values()) < sum(e.draws for e in anew.values())
     for layer, estimate in warm.items():
         assert estimate.value == pytest.approx(anew[layer].value, rel=2e-3), layer
@@ -113,7 +113,7 @@ def test_a_start_at_the_second_eigenvector_still_finds_the_first():
     matrix, q = symmetric([1.0, 0.9, *np.linspace(0, 0.2, 38)])
 
     point = SimpleNamespace(gradient={"x": q[:, 1]}, memory={"lambda_max/x": {"x": q[:, 1].clone()}})
-    start = LambdaMax()._start(point, "x", ("x",), seed=0)
-    ritz = largest(matrix_product(matrix), start, tolerance=0.01, most=40)
+    start = Eigenvalue()._start(point, "x", ("x",), seed=0)
+    (ritz,) = largest(matrix_product(matrix), start, tolerance=0.01, most=40)
     assert ritz.value == pytest.approx(1.0, rel=0.01)
     assert tree.norm(ritz.vector) == pytest.approx(1.0)

@@ -12,7 +12,8 @@ from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
-from sharpscope.perturbation import AverageMSharpness, MSharpness, ascent, groups
+from sharpscope.ball import Ball
+from sharpscope.perturbation import AverageMSharpness, MSharpness, groups
 from sharpscope.table import MODEL
 
 
@@ -55,7 +56,7 @@ def test_ascent_is_the_best_of_the_ball(order, p, adaptive):
     random = np.random.default_rng(0)
     g = {"x": torch.tensor(random.normal(size=5))}
     scales = {"x": torch.tensor(np.abs(random.normal(size=5)) if adaptive else np.ones(5))}
-    best = ascent(g, scales, 0.3, float(order))
+    best = Ball(0.3, order, scales).steepest(g)
     assert np.linalg.norm((best["x"] / scales["x"]).numpy(), p) == pytest.approx(0.3)
     for _ in range(2000):
         u = random.normal(size=5)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes
 from sharpscope.objective import Batch, Objective
-from sharpscope.tree import Tree
+from sharpscope.tree import Tree, zeros
 
-_HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
+if TYPE_CHECKING:
+    from sharpscope.curvature.gauss_newton import GaussNewton
+
+Matrix = Literal["hessian", "gauss_newton"]
+
+
+class Operator(Protocol):
+    """A symmetric matrix over the weights, known by its products."""
+
+    def product(self, v: Tree) -> Tree:
+        """Return the matrix times v over all differentiated tensors."""
+
+    def block_product(self, names: Sequence[str], v: Tree) -> Tree:
+        """Return the diagonal block of the named tensors times v."""
 
 
 @dataclass(frozen=True)
@@ -25,30 +39,8 @@ class _Graph:
     gradient: Tree  # tensors the loss does not touch are absent
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the device (of this machine for a CPU)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class _SavedBytes:
-    """Counts the bytes that autograd saves, each storage once."""
-
-    def __init__(self, besides: Collection[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in besides}
-        self.bytes = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-
 class Point:
-    """An objective at fixed weights, differentiable twice.
+    """An objective at fixed weights, differentiable twice; as an operator, its Hessian.
 
     Gradient graphs are kept, one per batch, while memory allows, so that a product costs a backward pass only;
     batches beyond that are recomputed in each product. Both ways give the same numbers.
@@ -68,6 +60,8 @@ class Point:
     memory
         Vectors that an earlier point on the path found, by measure and layer: starting guesses, never results.
         What this point finds goes to ``found``.
+    delta
+        The way that the path goes through this point: end minus start.
     """
 
     def __init__(
@@ -78,56 +72,58 @@ class Point:
         *,
         graph_bytes: int | None = None,
         memory: dict[str, Tree] | None = None,
+        delta: Tree | None = None,
     ) -> None:
         self.objective = objective
         self.memory = memory or {}
         self.found: dict[str, Tree] = {}
+        self.delta = delta
         self.counts: Counter[str] = Counter()
-        self._leaves = {name: weights[name].detach().requires_grad_() for name in names}
-        self.weights = {**weights, **self._leaves}
-        self._kept: list[_Graph] = []
-        device = self._leaves[names[0]].device
-        budget = int(free_bytes(device) * _HEADROOM) if graph_bytes is None else graph_bytes
-        self._measure_batches(budget)
+        self.leaves: Tree = {name: weights[name].detach().requires_grad_() for name in names}
+        self.weights: Tree = {**weights, **self.leaves}
+        device = self.leaves[names[0]].device
+        self._budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
+        self._graphs = self.graphs_of(self._graph, self._budget)
+        self._visit()
 
-    def _measure_batches(self, budget: int) -> None:
-        """Visit each batch once: loss, gradient, which tensors are used; keep graphs up to the budget."""
-        loss = torch.zeros((), dtype=torch.float64, device=next(iter(self._leaves.values())).device)
-        total: Tree = {}
-        used = 0
-        for index, batch in enumerate(self.objective.batches):
-            counter = _SavedBytes(self.weights.values())
-            with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-                graph = self._graph(batch)
-            loss += graph.loss.double()
+    def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
+        """Return a graph per batch of the objective, kept within the budget."""
+        return Graphs(make, self.objective.batches, self.weights.values(), budget)
+
+    def _visit(self) -> None:
+        """Sum loss and gradient over the batches; see which tensors the loss touches."""
+        loss, total = 0.0, dict[str, Tensor]()
+        for graph, _ in self._graphs:
+            loss += float(graph.loss)
             for name, tensor in graph.gradient.items():
                 total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
-            used += counter.bytes
-            if used <= budget and len(self._kept) == index:
-                self._kept.append(graph)
         self.counts["gradients"] += 1
-        self.loss = float(loss)
-        self.unused = frozenset(self._leaves.keys() - total.keys())
-        self.gradient: Tree = {n: total.get(n, torch.zeros_like(leaf)) for n, leaf in self._leaves.items()}
+        self.loss = loss
+        self.unused = frozenset(self.leaves.keys() - total.keys())
+        self.gradient: Tree = {**zeros(self.leaves), **total}
 
     def _graph(self, batch: Batch) -> _Graph:
         with torch.enable_grad():
             loss = self.objective.part(self.weights, batch)
-            found = torch.autograd.grad(loss, list(self._leaves.values()), create_graph=True, allow_unused=True)
-        pairs = zip(self._leaves, found, strict=True)
+            found = torch.autograd.grad(loss, list(self.leaves.values()), create_graph=True, allow_unused=True)
+        pairs = zip(self.leaves, found, strict=True)
         return _Graph(loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None})
 
-    def _graphs(self) -> Iterator[tuple[_Graph, bool]]:
-        """Yield each batch's graph and whether it stays."""
-        for graph in self._kept:
-            yield graph, True
-        for batch in self.objective.batches[len(self._kept) :]:
-            yield self._graph(batch), False
+    @cached_property
+    def gauss_newton(self) -> GaussNewton:
+        """The Gauss-Newton matrix at this point; its graphs share the budget of the Hessian's."""
+        from sharpscope.curvature.gauss_newton import GaussNewton
+
+        return GaussNewton(self, self._budget - self._graphs.kept_bytes)
+
+    def operator(self, matrix: Matrix) -> Operator:
+        """Return the Hessian or the Gauss-Newton matrix."""
+        return self if matrix == "hessian" else self.gauss_newton
 
     def product(self, v: Tree) -> Tree:
         """Return ``H v``, H the Hessian of the mean loss over all differentiated tensors."""
         self.counts["whole_products"] += 1
-        return self._product(tuple(self._leaves), v)
+        return self._product(tuple(self.leaves), v)
 
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return ``H_ll v`` for the layer l made of the named tensors; v needs these names only.
@@ -138,9 +134,9 @@ class Point:
         return self._product(names, v)
 
     def _product(self, names: Sequence[str], v: Tree) -> Tree:
-        leaves = [self._leaves[name] for name in names]
+        leaves = [self.leaves[name] for name in names]
         total = [torch.zeros_like(leaf) for leaf in leaves]
-        for graph, stays in self._graphs():
+        for graph, stays in self._graphs:
             # A gradient without grad_fn is constant: its row of the Hessian is zero.
             live = [n for n in names if n in graph.gradient and graph.gradient[n].requires_grad]
             if not live:

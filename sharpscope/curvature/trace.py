@@ -3,18 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from sharpscope.curvature.estimate import Estimate, Estimates, mean_and_error
-from sharpscope.curvature.point import Point
+from sharpscope.curvature.estimate import Estimate, Estimates
+from sharpscope.curvature.lanczos import block_of
+from sharpscope.curvature.point import Matrix, Point
+from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
-from sharpscope.tree import dot, rademacher, select
+from sharpscope.tree import Tree, axpy, dot, rademacher, select
 
-Samples = dict[str, list[float]]
+
+class Tally:
+    """Probes of one block and what they tell of its trace.
+
+    The sample variance of the few numbers v'Hv is a poor guide: they are skewed like a chi-square where one eigenvalue
+    rules, and stopping when they happen to agree makes it worse. But each probe also gives the estimate v * (Hv) of the
+    diagonal, weight by weight, and the variance of a sum over a block follows from those of its entries: with
+    E = sum of entry variances = sum over i in the block, j != i of H_ij^2,
+
+    * own probes (zero outside the block): ``Var v'Hv = 2 E`` exactly;
+    * joint probes: between E (all of it from the cross blocks) and 2 E (none).
+
+    E averages over all weights of the block, so it is good with two or three probes.
+    """
+
+    def __init__(self, joint: bool) -> None:
+        self.samples: list[float] = []
+        self._joint = joint
+        self._sum: Tree = {}
+        self._squares = 0.0
+
+    def add(self, probe: Tree, image: Tree) -> None:
+        """Count a probe and the part of its product that lies in the block."""
+        diagonal = {name: sign * image[name] for name, sign in probe.items()}
+        self.samples.append(dot(probe, image))
+        self._squares += dot(image, image)
+        self._sum = axpy(1.0, diagonal, self._sum) if self._sum else diagonal
+
+    @property
+    def spread(self) -> float:
+        """E of the class docstring, estimated from two probes or more."""
+        count = len(self.samples)
+        return max(self._squares - dot(self._sum, self._sum) / count, 0.0) / (count - 1)
+
+    @property
+    def value(self) -> float:
+        """The mean over probes."""
+        return math.fsum(self.samples) / len(self.samples)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the value."""
+        spread = self.spread
+        observed = float(np.var(self.samples, ddof=1))
+        variance = min(max(observed, spread), 2 * spread) if self._joint else 2 * spread
+        return math.sqrt(variance / len(self.samples))
+
+
+class Whole:
+    """The tallies of all layers under joint probes, read as one of the whole matrix."""
+
+    def __init__(self, layers: Mapping[str, Tally]) -> None:
+        self._layers = tuple(layers.values())
+
+    @property
+    def samples(self) -> list[float]:
+        """Sums over the layers, probe by probe."""
+        return [math.fsum(parts) for parts in zip(*(tally.samples for tally in self._layers), strict=True)]
+
+    @property
+    def value(self) -> float:
+        """The mean over probes."""
+        return math.fsum(tally.value for tally in self._layers)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the value: a joint probe is an own probe of the whole."""
+        return math.sqrt(2 * math.fsum(tally.spread for tally in self._layers) / len(self.samples))
 
 
 @dataclass(frozen=True)
@@ -25,6 +94,7 @@ class Trace:
     2 * (off-diagonal squares of H_ll) + sum over other layers m of ||H_lm||_F^2. The second term drowns a small layer
     beside large ones; such layers get probes of their own, which have the first term only and cost a layer's
     product. After each round the number of joint probes that minimises the predicted cost is chosen.
+    The standard error is that of :class:`Tally`; it is about the probes, on the given images.
 
     Parameters
     ----------
@@ -36,76 +106,84 @@ class Trace:
         Largest number of draws, joint and own each; a layer still short of its target is not converged.
     own_cost
         Cost of a layer's product over that of a whole one, measured .27 (.61 / 2.3 gradients).
+    matrix
+        The Hessian or the Gauss-Newton matrix (for cross-entropy the Fisher).
     """
 
-    name: ClassVar[str] = "trace"
     relative: float = 0.05
     absolute: float = 0.005
-    first: int = 4
+    first: int = 3
     most: int = 64
     own_cost: float = 0.27
+    matrix: Matrix = "hessian"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.first <= self.most or min(self.relative, self.absolute) < 0:
+            raise UsageError(f"{self} cannot be meant", "2 <= first <= most, and targets of zero or more")
+
+    @property
+    def name(self) -> str:
+        """``trace`` or ``gauss_newton_trace``."""
+        return "trace" if self.matrix == "hessian" else "gauss_newton_trace"
 
     def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:
         """Yield an estimate per layer, then of the model."""
         joint = self._joint(point, layers, seed)
         floor = self._floor(joint)
         for layer, names in layers.layers.items():
-            samples = joint[layer]
-            if not self._met(samples, floor):
-                samples = self._own(point, layer, names, seed, floor)
-            yield layer, self._estimate(samples, floor)
-        yield MODEL, self._estimate(joint[MODEL], floor)
+            tally = joint[layer]
+            if not self._met(tally, floor):
+                tally = self._own(point, layer, names, seed, floor)
+            yield layer, self._estimate(tally, floor)
+        yield MODEL, self._estimate(Whole(joint), floor)
 
-    def _joint(self, point: Point, layers: Partition, seed: int) -> Samples:
-        samples: Samples = {layer: [] for layer in (*layers.layers, MODEL)}
-        wanted = self.first
-        while len(samples[MODEL]) < wanted:
-            probe = rademacher(point.gradient, seed, self.name, len(samples[MODEL]))
-            image = point.product(probe)
-            parts = {layer: dot(select(probe, names), image) for layer, names in layers.layers.items()}
-            for layer, value in parts.items():
-                samples[layer].append(value)
-            samples[MODEL].append(math.fsum(parts.values()))
-            if len(samples[MODEL]) == wanted:
-                wanted = self._joint_draws(samples)
-        return samples
+    def _joint(self, point: Point, layers: Partition, seed: int) -> dict[str, Tally]:
+        tallies = {layer: Tally(joint=True) for layer in layers.layers}
+        operator = point.operator(self.matrix)
+        done, wanted = 0, self.first
+        while done < wanted:
+            probe = rademacher(point.gradient, seed, self.name, done)
+            image = operator.product(probe)
+            for layer, names in layers.layers.items():
+                tallies[layer].add(select(probe, names), select(image, names))
+            done += 1
+            if done == wanted:
+                wanted = self._joint_draws(tallies, done)
+        return tallies
 
-    def _joint_draws(self, samples: Samples) -> int:
+    def _joint_draws(self, tallies: dict[str, Tally], done: int) -> int:
         """Return the number of joint draws of least predicted cost; own draws are taken to need half as many."""
-        done, floor = len(samples[MODEL]), self._floor(samples)
-        needed = {layer: self._needed(drawn, floor) for layer, drawn in samples.items()}
-        whole = needed.pop(MODEL)  # has no product cheaper than the joint one
+        floor = self._floor(tallies)
+        needed = [self._needed(tally, floor) for tally in tallies.values()]
+        whole = self._needed(Whole(tallies), floor)  # has no product cheaper than the joint one
 
         def cost(draws: int) -> float:
-            own = (self.own_cost * max(count / 2, self.first) for count in needed.values() if count > draws)
+            own = (self.own_cost * max(count / 2, self.first) for count in needed if count > draws)
             return draws + sum(own)
 
-        choices = {max(done, min(count, self.most)) for count in (whole, *needed.values())}
+        choices = {max(done, min(count, self.most)) for count in (whole, *needed)}
         return min((draws for draws in choices if draws >= min(whole, self.most)), key=cost)
 
-    def _needed(self, drawn: list[float], floor: float) -> int:
-        mean, error = mean_and_error(drawn)
-        if self._met(drawn, floor):
-            return len(drawn)
-        goal = max(self.relative * abs(mean), floor, error / 100)  # beyond 10,000-fold the count is no matter
-        return math.ceil(len(drawn) * (error / goal) ** 2)
+    def _needed(self, tally: Tally | Whole, floor: float) -> int:
+        """Return the number of draws at which the target is predicted to be met."""
+        error = tally.error
+        goal = max(self.relative * abs(tally.value), floor, error / 100)  # beyond 10,000-fold the count is no matter
+        return len(tally.samples) if error <= goal else math.ceil(len(tally.samples) * (error / goal) ** 2)
 
-    def _own(self, point: Point, layer: str, names: tuple[str, ...], seed: int, floor: float) -> list[float]:
-        like, drawn = select(point.gradient, names), list[float]()
-        while len(drawn) < self.first or (len(drawn) < self.most and not self._met(drawn, floor)):
-            probe = rademacher(like, seed, self.name, layer, len(drawn))
-            drawn.append(dot(probe, point.block_product(names, probe)))
-        return drawn
+    def _own(self, point: Point, layer: str, names: tuple[str, ...], seed: int, floor: float) -> Tally:
+        like, tally = select(point.gradient, names), Tally(joint=False)
+        product = block_of(point, self.matrix, layer, names)
+        while len(tally.samples) < self.first or (len(tally.samples) < self.most and not self._met(tally, floor)):
+            probe = rademacher(like, seed, self.name, layer, len(tally.samples))
+            tally.add(probe, product(probe))
+        return tally
 
-    def _floor(self, joint: Samples) -> float:
-        return self.absolute * math.fsum(
-            abs(mean_and_error(drawn)[0]) for name, drawn in joint.items() if name != MODEL
-        )
+    def _floor(self, tallies: dict[str, Tally]) -> float:
+        return self.absolute * math.fsum(abs(tally.value) for tally in tallies.values())
 
-    def _met(self, drawn: list[float], floor: float) -> bool:
-        mean, error = mean_and_error(drawn)
-        return error <= max(self.relative * abs(mean), floor)
+    def _met(self, tally: Tally | Whole, floor: float) -> bool:
+        return tally.error <= max(self.relative * abs(tally.value), floor)
 
-    def _estimate(self, drawn: list[float], floor: float) -> Estimate:
-        value, error = mean_and_error(drawn)
-        return Estimate(value, error, len(drawn), self._met(drawn, floor), np.array(drawn))
+    def _estimate(self, tally: Tally | Whole, floor: float) -> Estimate:
+        samples = np.array(tally.samples)
+        return Estimate(tally.value, tally.error, len(samples), self._met(tally, floor), samples)

@@ -16,6 +16,8 @@ NEEDED_ALPHAS = 4  # tau over three points takes four values only
 
 def kendall(curve: Array, error: Array) -> float:
     """Return Kendall's tau-b of two curves of shape ``(alphas,)``; 0 if one of them is constant."""
+    if len(curve) < 2:
+        return 0.0
     tau = stats.kendalltau(curve, error).statistic
     return 0.0 if np.isnan(tau) else float(tau)
 
@@ -31,10 +33,12 @@ def _above_noise(curve: pd.DataFrame) -> bool:
     return bool(np.sum(weights * (values - centre) ** 2) > stats.chi2.ppf(0.95, len(values) - 1))
 
 
-def _wording(tau: float, above: bool, points: int) -> str:
-    if points < NEEDED_ALPHAS:
+def _wording(tau: float, curve: pd.DataFrame) -> str:
+    if len(curve) < NEEDED_ALPHAS:
         return f"undecided: fewer than {NEEDED_ALPHAS} alphas"
-    if not above:
+    if not curve["converged"].any():
+        return "undecided: sharpness converged nowhere"
+    if not _above_noise(curve):
         return "undecided: sharpness does not rise above its own error"
     if tau >= CO_MOVES:
         return "co-moves"
@@ -63,12 +67,14 @@ def co_movement(layers: pd.DataFrame, error: pd.Series) -> pd.DataFrame:
         OOD error indexed by alpha, see :func:`ood_error`.
     """
     found = []
-    for (measure, layer), curve in layers.groupby(["measure", "layer"], sort=False):
+    # The smallest eigenvalue grows where a block becomes less curved downwards: no sharpness, so no straggler.
+    sharpness = layers[~layers["measure"].str.endswith("lambda_min")]
+    for (measure, layer), curve in sharpness.groupby(["measure", "layer"], sort=False):
         curve = curve[curve["alpha"].isin(error.index)].sort_values("alpha")
         if curve.empty:
             continue
         tau = kendall(curve["value"].to_numpy(), error.loc[curve["alpha"]].to_numpy())
-        verdict = _wording(tau, _above_noise(curve), len(curve))
+        verdict = _wording(tau, curve)
         found.append({"layer": layer, "measure": measure, "tau": tau, "alphas": len(curve), "verdict": verdict})
     return pd.DataFrame(found, columns=["layer", "measure", "tau", "alphas", "verdict"])
 

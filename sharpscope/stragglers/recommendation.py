@@ -24,6 +24,8 @@ class Recommendation:
         Chosen on one half of the images.
     chosen_by
         ``"ood"``, or ``"id"`` when no OOD set was given.
+    target
+        Key of ``versus`` that the choice was made by: ``"mean OOD"`` or the name of the ID split.
     versus
         Paired difference of the chosen alpha per reference (``"zero-shot"``, ``"fine-tuned"``) and split;
         split ``"mean OOD"`` weighs each OOD set the same.
@@ -33,14 +35,14 @@ class Recommendation:
 
     alpha: float
     chosen_by: str
+    target: str
     versus: dict[str, dict[str, Difference]]
     ties: tuple[float, ...]
 
     @property
     def beats_both_ends(self) -> bool:
         """Whether the chosen alpha is better than both ends by more than the paired interval, on mean OOD or ID."""
-        name = "mean OOD" if self.chosen_by == "ood" else "id"
-        return 0 < self.alpha < 1 and all(found[name].sign > 0 for found in self.versus.values())
+        return 0 < self.alpha < 1 and all(found[self.target].sign > 0 for found in self.versus.values())
 
 
 def _halves(count: int, seed: int) -> tuple[Array, Array]:
@@ -82,6 +84,8 @@ def recommend(
     if keep_id is not None and keep_id > 0:
         raise UsageError(f"keep_id is {keep_id}: points of ID accuracy to give up, so 0 or less", "e.g. keep_id=-0.5")
     target = list(ood) or [id_split]
+    if small := next((s for s in {*target, id_split} if len(correct[0.0, s]) < 2), None):
+        raise UsageError(f"{small!r} has one image; choosing and quoting take one half each", "more images")
     halves = {s: _halves(len(correct[0.0, s]), seed) for s in {*target, id_split}}
     first = {s: h[0] for s, h in halves.items()}
     second = {s: h[1] for s, h in halves.items()}
@@ -101,4 +105,4 @@ def recommend(
             found["mean OOD"] = _compare(correct, (best, end), list(ood), second)
         versus[name] = found
     ties = tuple(a for a in alphas if a == best or _compare(correct, (a, best), target, second).sign == 0)
-    return Recommendation(best, "ood" if ood else "id", versus, ties)
+    return Recommendation(best, "ood" if ood else "id", "mean OOD" if ood else id_split, versus, ties)

@@ -1,0 +1,79 @@
+"""Products with the Gauss-Newton matrix G = J' H_out J, positive semi-definite; for cross-entropy the Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sharpscope.objective import Batch
+from sharpscope.tree import Tree
+
+if TYPE_CHECKING:
+    from sharpscope.curvature.point import Point
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Outputs z of one batch, and J'u as a function of u, so that differentiating it by u gives J v."""
+
+    outputs: Tensor
+    slope: Tensor  # of the loss by a detached copy of z, differentiable once more: H_out u
+    copy: Tensor
+    u: Tensor
+    pulled: Tree  # J'u for the tensors that z depends on
+
+
+class GaussNewton:
+    """The Gauss-Newton matrix of the mean loss at a point.
+
+    J v is had by differentiating J'u with respect to u (two reverse passes; forward mode through LayerNorm is not
+    trusted), H_out by differentiating the loss twice in logit space only, so nothing larger than the logits and no
+    classes x classes matrix arises.
+    """
+
+    def __init__(self, point: Point, budget: int) -> None:
+        self._point = point
+        self._graphs = point.graphs_of(self._graph, budget)
+
+    def _graph(self, batch: Batch) -> _Graph:
+        objective, leaves = self._point.objective, self._point.leaves
+        with torch.enable_grad():
+            outputs = objective.outputs(self._point.weights, batch.inputs)
+            copy = outputs.detach().requires_grad_()
+            loss = objective.loss(copy, batch.targets) / objective.examples
+            (slope,) = torch.autograd.grad(loss, copy, create_graph=True)
+            u = torch.zeros_like(outputs, requires_grad=True)
+            found = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        pairs = zip(leaves, found, strict=True)
+        return _Graph(outputs, slope, copy, u, {name: tensor for name, tensor in pairs if tensor is not None})
+
+    def product(self, v: Tree) -> Tree:
+        """Return ``G v`` over all differentiated tensors."""
+        return self.block_product(tuple(self._point.leaves), v)
+
+    def block_product(self, names: Sequence[str], v: Tree) -> Tree:
+        """Return ``G_ll v`` for the layer l made of the named tensors."""
+        self._point.counts["gauss_newton_products"] += 1
+        leaves = [self._point.leaves[name] for name in names]
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        for graph, stays in self._graphs:
+            live = [name for name in names if name in graph.pulled]
+            if not live or not graph.slope.requires_grad:  # a loss linear in z has H_out = 0
+                continue
+            moved = self._moved(graph, live, v)
+            bent = torch.autograd.grad(graph.slope, graph.copy, moved, retain_graph=stays)
+            found = torch.autograd.grad(graph.outputs, leaves, bent, retain_graph=stays, allow_unused=True)
+            total = [t if f is None else t + f for t, f in zip(total, found, strict=True)]
+        return dict(zip(names, total, strict=True))
+
+    @staticmethod
+    def _moved(graph: _Graph, live: list[str], v: Tree) -> Tensor:
+        """Return J v."""
+        (moved,) = torch.autograd.grad(
+            [graph.pulled[name] for name in live], graph.u, [v[name] for name in live], retain_graph=True
+        )
+        return moved

@@ -1,0 +1,86 @@
+"""Autograd graphs of batches, kept while memory allows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from sharpscope.objective import Batch
+
+Graph = TypeVar("Graph")
+
+HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of the device (of this machine for a CPU)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _SavedBytes:
+    """Counts the bytes that autograd saves, each storage once."""
+
+    def __init__(self, besides: Iterable[Tensor]) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in besides}
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+class Graphs(Generic[Graph]):
+    """The graph of each batch: made at its first use, kept while the budget lasts, else made anew each time.
+
+    Parameters
+    ----------
+    make
+        Returns the graph of a batch.
+    batches
+        In their order.
+    constants
+        Tensors that are there anyway and count for nothing.
+    budget
+        Bytes that kept graphs may take, measured as autograd saves them.
+    """
+
+    def __init__(
+        self, make: Callable[[Batch], Graph], batches: Sequence[Batch], constants: Iterable[Tensor], budget: int
+    ) -> None:
+        self._make = make
+        self._batches = batches
+        self._constants = tuple(constants)
+        self._budget = budget
+        self.kept: list[Graph] = []
+        self.kept_bytes = 0
+        self._full = False
+
+    def __iter__(self) -> Iterator[tuple[Graph, bool]]:
+        """Yield each batch's graph and whether it stays, in which case it must be retained."""
+        for index, batch in enumerate(self._batches):
+            if index < len(self.kept):
+                yield self.kept[index], True
+            elif self._full:
+                yield self._make(batch), False
+            else:
+                yield self._first(batch)
+
+    def _first(self, batch: Batch) -> tuple[Graph, bool]:
+        counter = _SavedBytes(self._constants)
+        with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+            graph = self._make(batch)
+        self._full = self.kept_bytes + counter.bytes > self._budget
+        if not self._full:
+            self.kept_bytes += counter.bytes
+            self.kept.append(graph)
+        return graph, not self._full

@@ -1,0 +1,69 @@
+"""Losses as sums over examples of outputs and targets, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sharpscope.errors import UsageError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the summed cross-entropy of logits ``(n, classes)`` and class numbers ``(n,)``."""
+    return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed squared error, averaged over classes, against one-hot targets ``(n,)`` or values ``(n, k)``."""
+    if targets.ndim == 1:
+        targets = functional.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
+    return (outputs - targets).square().mean(1).sum()
+
+
+def contrastive(similarity: Tensor, targets: Tensor) -> Tensor:
+    """Return n times CLIP's symmetric cross-entropy of a scaled similarity matrix ``(n, n)``, pairs on the diagonal.
+
+    No sum over examples: each example's term depends on the whole batch, so the batch is the unit. Batches must be of
+    equal size and must not be split; targets are ignored.
+    """
+    pairs = torch.arange(len(targets), device=similarity.device)
+    both = (functional.cross_entropy(s, pairs, reduction="sum") for s in (similarity, similarity.T))
+    return sum(both, torch.zeros((), dtype=similarity.dtype, device=similarity.device)) / 2
+
+
+def logit_normalised(loss: Loss) -> Loss:
+    """Return the loss of ``(z - mean z) / ||z - mean z||`` instead of the logits z: free of the logits' scale."""
+
+    def normalised(logits: Tensor, targets: Tensor) -> Tensor:
+        centred = logits - logits.mean(1, keepdim=True)
+        return loss(centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny), targets)
+
+    return normalised
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error, "contrastive": contrastive}
+
+
+def loss_from(name: str, label_smoothing: float = 0.0) -> Loss:
+    """Return the loss of that name.
+
+    Raises
+    ------
+    UsageError
+        If the name is unknown, or smoothing is asked of a loss that has none or lies outside [0, 1).
+    """
+    if name not in LOSSES:
+        near = get_close_matches(name, LOSSES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"loss {name!r} is unknown", f"{hint}known: {', '.join(LOSSES)}")
+    if not 0 <= label_smoothing < 1 or (label_smoothing and name != "cross_entropy"):
+        problem = f"label_smoothing={label_smoothing} with {name} cannot be meant"
+        raise UsageError(problem, "0 <= label_smoothing < 1, and with cross_entropy only")
+    return partial(cross_entropy, label_smoothing=label_smoothing) if label_smoothing else LOSSES[name]

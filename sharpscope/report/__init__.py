@@ -1,0 +1,1 @@
+"""Figures, tables and the page made from a finished scan. Needs no torch; only the figures need matplotlib."""

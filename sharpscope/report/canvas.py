@@ -1,0 +1,149 @@
+"""Figures without pyplot: colours, rc settings for the time of one drawing, panels that show themselves in a notebook.
+
+pyplot keeps global state and decides on a backend; a plain Figure does neither, but notebooks do not display it.
+The Axes made here therefore carry their own picture.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from sharpscope.errors import UsageError
+from sharpscope.report.words import alpha_text
+
+INK = "#1b1f24"
+MUTED = "#5b6470"
+GRID = "#dfe3e8"
+PAPER = "#ffffff"
+MISSING = "#b9bfc7"  #: grey: not measured
+MARK = "#1c2733"  #: hatching on colour: the same in light and dark, unlike INK
+SERIES = ("#0072b2", "#d55e00", "#00795a", "#a8477f", "#8a6d00", "#3a94c9")  # after Okabe and Ito, darkened for lines
+SHAPES = ("s", "^", "D", "v", "P", "X", "*")  # one more than colours: together 42 looks
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
+
+Look = dict[str, Any]  #: how a line or marker is drawn: keywords of matplotlib
+
+_RC: dict[str, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": PAPER,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": PAPER,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "patch.linewidth": 0.6,
+}
+
+
+def styled() -> AbstractContextManager[None]:
+    """Return the context in which a figure is drawn; the caller's rc settings are back after it."""
+    return mpl.rc_context(_RC)  # type: ignore[arg-type] # newer stubs list every key
+
+
+def _picture(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+class ShownAxes(Axes):
+    """Axes that a notebook displays."""
+
+    def _repr_png_(self) -> bytes:
+        return _picture(self.figure)
+
+
+class Panels(np.ndarray[Any, Any]):
+    """An array of Axes that a notebook displays."""
+
+    def _repr_png_(self) -> bytes:
+        return _picture(self.flat[0].figure)
+
+
+def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return the given Axes, or those of a new figure of that size in inches."""
+    if ax is not None:
+        return ax
+    return Figure(figsize=size, layout="constrained").add_subplot(axes_class=ShownAxes)
+
+
+def panels(ax: Sequence[Axes] | None, shape: tuple[int, int], size: tuple[float, float], **layout: Any) -> Panels:
+    """Return the given Axes as an array, or those of a new figure with rows x columns panels.
+
+    Raises
+    ------
+    UsageError
+        If the number of given Axes is not the number of panels.
+    """
+    needed = shape[0] * shape[1]
+    if ax is None:
+        figure = Figure(figsize=size, layout="constrained")
+        made = figure.subplots(*shape, squeeze=False, subplot_kw={"axes_class": ShownAxes}, **layout)
+    else:
+        made = np.asarray(ax, dtype=object)
+        if made.size != needed:
+            raise UsageError(
+                f"this figure has {needed} panels, but ax holds {made.size} Axes",
+                f"pass an array of {needed} Axes, e.g. ax=plt.subplots({needed})[1]",
+            )
+    return np.asarray(made, dtype=object).reshape(-1).view(Panels)
+
+
+def literal(texts: Iterable[Text]) -> None:
+    """Make texts with names in them show a dollar sign as such instead of reading it as a formula."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def alpha_axis(ax: Axes, alphas: Sequence[float], places: Sequence[float] | None = None) -> None:
+    """Label the x axis with the alphas and say which end is which; ``places`` if alpha is not the coordinate."""
+    words = {0.0: "0\nzero-shot", 1.0: "1\nfine-tuned"}
+    step = -(-len(alphas) // 11)
+    kept = [i for i, alpha in enumerate(alphas) if i % step == 0 or alpha in words]
+    labels = [words.get(alphas[i], alpha_text(alphas[i])) for i in kept]
+    ax.set_xticks([(places or alphas)[i] for i in kept], labels)
+    ax.set_xlabel("alpha, from 0 (zero-shot) to 1 (fine-tuned)")
+
+
+def number_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Return round numbers within the range for a logarithmic axis, at most ``most``; evenly spaced in a short one."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for mantissas in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+        found = [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
+        if len(found) < 2:
+            return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        if len(found) <= most:
+            return found
+    return found[:: -(-len(found) // most)]

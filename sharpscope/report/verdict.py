@@ -1,0 +1,193 @@
+"""The verdict in words: which alpha to ship, how sure that is, and when there is nothing to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sharpscope.errors import SharpscopeError
+from sharpscope.report.curves import accuracy, mean_ood
+from sharpscope.report.words import alpha_text, count, interval, listed, measure_name, points
+from sharpscope.result import ScanResult
+from sharpscope.stragglers.paired import Difference, difference, mean_difference
+from sharpscope.stragglers.recommendation import Recommendation
+from sharpscope.table import MODEL
+
+MEAN_OOD = "mean OOD"
+ENDS = {"zero-shot": 0.0, "fine-tuned": 1.0}
+RELATION = {1: "better than", 0: "not distinguishable from", -1: "worse than"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One split: accuracies over all its images (fractions), paired changes of the recommended alpha against each end.
+
+    A change is None where the recommended alpha is that end itself.
+    """
+
+    split: str
+    role: str
+    accuracy: dict[str, float]
+    change: dict[str, Difference | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the report says first.
+
+    Attributes
+    ----------
+    headline
+        One sentence: what to ship.
+    level
+        ``"good"`` (better than both ends), ``"open"`` (undecided) or ``"warn"`` (failure, or nothing to judge by).
+    reasons
+        Sentences in order of weight.
+    recommendation
+        None if no recommendation could be made; the headline then says why.
+    table
+        ID first, then each OOD set, then their mean.
+    """
+
+    headline: str
+    level: str
+    reasons: tuple[str, ...]
+    recommendation: Recommendation | None
+    table: tuple[Comparison, ...]
+
+
+def verdict(result: ScanResult) -> Verdict:
+    """Return the verdict on a scan; it never raises for a scan that cannot be judged, it says so."""
+    try:
+        advice = result.recommend()
+    except SharpscopeError as trouble:
+        return Verdict(f"No recommendation: {trouble.problem}.", "warn", (f"Way out: {trouble.fix}.",), None, ())
+    failure = failure_of_interpolation(result)
+    return Verdict(
+        headline=_headline(advice, _target(result, advice)),
+        level=_level(result, advice, failure),
+        reasons=tuple(_reasons(result, advice, failure)),
+        recommendation=advice,
+        table=tuple(_comparisons(result, advice)),
+    )
+
+
+def _target(result: ScanResult, advice: Recommendation) -> str:
+    return MEAN_OOD if advice.chosen_by == "ood" else result.id_split
+
+
+def _headline(advice: Recommendation, target: str) -> str:
+    where = "on the OOD sets" if advice.chosen_by == "ood" else "on the ID set"
+    if advice.alpha == ENDS["zero-shot"]:
+        return f"Keep the zero-shot model (alpha 0): no other point of the path scored higher {where}."
+    if advice.alpha == ENDS["fine-tuned"]:
+        return f"Ship the fine-tuned model as it is (alpha 1): no mix with zero-shot scored higher {where}."
+    signs = {name: advice.versus[name][target].sign for name in ENDS}
+    named = f"alpha {alpha_text(advice.alpha)}"
+    if set(signs.values()) == {1}:
+        return f"Ship {named}: {where} it is better than both the zero-shot and the fine-tuned model."
+    if set(signs.values()) == {0}:
+        return f"No clear winner: {named} scored best {where}, but these images cannot tell it from either end."
+    relations = listed(f"{RELATION[sign]} the {name} model" for name, sign in signs.items())
+    start = "Doubtful choice" if -1 in signs.values() else "Lean to"
+    return f"{start} {named}: {where} it is {relations}."
+
+
+def _level(result: ScanResult, advice: Recommendation, failure: str | None) -> str:
+    if not _inner(result):
+        return "open"
+    if not result.ood_splits or (failure and failure.startswith("Failure")):
+        return "warn"
+    signs = [advice.versus[name][MEAN_OOD].sign for name, end in ENDS.items() if end != advice.alpha]
+    return "good" if all(sign > 0 for sign in signs) else "open"
+
+
+def _inner(result: ScanResult) -> list[float]:
+    return sorted({alpha for alpha, _ in result.correct if 0 < alpha < 1})
+
+
+def failure_of_interpolation(result: ScanResult) -> str | None:
+    """Return the sentence to say if no alpha strictly between the ends (shows itself to) beat zero-shot on OOD.
+
+    The best of the inner alphas is judged on the images it was picked by, which flatters it: when even that
+    does not lift its paired interval off zero, "not shown" is safe to say.
+    """
+    inner = _inner(result)
+    if not result.ood_splits or not inner:
+        return None
+    best = max(inner, key=mean_ood(result).at)
+    correct = result.correct
+    gap = mean_difference([difference(correct[best, s], correct[0.0, s]) for s in result.ood_splits])
+    numbers = f"alpha {alpha_text(best)}: {points(gap.value)} points (95 % interval {interval(gap)})"
+    if gap.value <= 0:
+        return (
+            f"Failure of interpolation: none of the {count(len(inner), 'alpha')} between the ends beats zero-shot "
+            f"on the OOD sets. The best of them is {numbers}{'' if gap.sign else ', too few images to be sure'}."
+        )
+    if gap.sign <= 0:
+        return f"No alpha between the ends is shown to beat zero-shot on the OOD sets. The best of them is {numbers}."
+    return None
+
+
+def _reasons(result: ScanResult, advice: Recommendation, failure: str | None) -> Iterator[str]:
+    if failure:
+        yield failure
+    if not result.ood_splits:
+        yield (
+            "No OOD set was given: alpha was chosen by ID accuracy, and this report says nothing about robustness "
+            "under shift. Name at least one OOD set to have it judged."
+        )
+    if not _inner(result):
+        yield "No alpha between the ends was scanned: whether a mix would do better is not known."
+    for name, end in ENDS.items():
+        if advice.alpha != end:
+            yield _against(name, advice, result.id_split)
+    yield _ties(advice)
+
+
+def _against(name: str, advice: Recommendation, id_split: str) -> str:
+    found = advice.versus[name]
+    parts = []
+    if MEAN_OOD in found:
+        parts.append(f"mean OOD accuracy {points(found[MEAN_OOD].value)} points ({interval(found[MEAN_OOD])})")
+    parts.append(f"ID accuracy {points(found[id_split].value)} points ({interval(found[id_split])})")
+    return f"Against the {name} model: {', '.join(parts)}."
+
+
+def _ties(advice: Recommendation) -> str:
+    others = [alpha_text(alpha) for alpha in advice.ties if alpha != advice.alpha]
+    if not others:
+        return f"Every other alpha is distinguishable from {alpha_text(advice.alpha)} on these images."
+    return f"Not distinguishable from alpha {alpha_text(advice.alpha)} on these images: alpha {listed(others)}."
+
+
+def _comparisons(result: ScanResult, advice: Recommendation) -> Iterator[Comparison]:
+    named = [(result.id_split, "ID"), *((split, "OOD") for split in result.ood_splits)]
+    if len(result.ood_splits) > 1:
+        named.append((MEAN_OOD, "mean"))
+    for split, role in named:
+        curve = mean_ood(result) if role == "mean" else accuracy(result, split)
+        places = {"zero-shot": 0.0, "recommended": advice.alpha, "fine-tuned": 1.0}
+        changes = {name: advice.versus[name][split] if advice.alpha != end else None for name, end in ENDS.items()}
+        yield Comparison(split, role, {name: curve.at(alpha) for name, alpha in places.items()}, changes)
+
+
+def co_moving(result: ScanResult) -> str:
+    """Return the sentence on layers whose sharpness runs with the OOD error."""
+    if not result.ood_splits:
+        return "Which layers co-move with the OOD error is not known: no OOD set was given."
+    table = result.stragglers
+    found = table[(table["verdict"] == "co-moves") & (table["layer"] != MODEL)]
+    if found.empty:
+        return f"No layer was found to co-move with the OOD error{_undecided(list(table['verdict']))}."
+    first, number = found.iloc[0], found["layer"].nunique()
+    return (
+        f"{count(number, 'layer')} {'co-moves' if number == 1 else 'co-move'} with the OOD error in at least one "
+        f"measure, most {first['layer']} (tau {first['tau']:.2f}, {measure_name(first['measure'])}). "
+        "Co-moving is not a cause."
+    )
+
+
+def _undecided(verdicts: Sequence[str]) -> str:
+    open_ones = sum(verdict.startswith("undecided") for verdict in verdicts)
+    return f"; {open_ones} of {len(verdicts)} comparisons are undecided" if open_ones else ""

@@ -1,0 +1,298 @@
+"""The report says what was planted, in words, figures and a page that stands on its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64encode
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from planted import HOSTILE, LAYERS, SINGLE, STRAGGLER, UNUSED, planted
+
+from sharpscope.report.exhibits import exhibits
+from sharpscope.report.page import render, write
+from sharpscope.report.verdict import co_moving, verdict
+from sharpscope.result import ScanResult
+from sharpscope.summary import as_html, as_text
+
+SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}
+CASES = {
+    "full": {},
+    "failure": {**SMALL, "failure": True},
+    "two ends only": {**SMALL, "alphas": (0.0, 1.0)},
+    "no OOD": {**SMALL, "ood": ()},
+    "nothing converged": {**SMALL, "converged": False},
+    "no curvature": {**SMALL, "measures": ()},
+    "few images": {**SMALL, "n": 8},
+    "no end point": {**SMALL, "alphas": (0.0, 0.25, 0.5)},
+}
+RESULTS = {name: planted(**how) for name, how in CASES.items()}
+FULL = RESULTS["full"]
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+class Page(HTMLParser):
+    """Ids, visible text, tags and attribute values of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.texts: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._silent = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        self._silent = tag in ("script", "style")
+        self.ids += [found["id"]] if found.get("id") else []
+
+    def handle_data(self, data: str) -> None:
+        self.texts += [] if self._silent else [data]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).replace("\xa0", " ").split())
+
+
+@cache
+def source(case: str) -> str:
+    return render(RESULTS[case])
+
+
+@cache
+def page(case: str) -> Page:
+    return Page(source(case))
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_the_verdict_ships_the_planted_optimum() -> None:
+    found = verdict(FULL)
+    assert found.level == "good"
+    assert found.headline.startswith(
+        "Ship alpha 0.4: on the OOD sets it is better than both the zero-shot and the fine-"
+    )
+
+
+def test_a_failure_of_interpolation_is_said_first() -> None:
+    found = verdict(RESULTS["failure"])
+    assert found.level == "warn"
+    assert found.headline.startswith("Keep the zero-shot model")
+    assert found.reasons[0].startswith(
+        "Failure of interpolation: none of the 2 alphas between the ends beats zero-shot"
+    )
+    assert "alpha 0.1: −2.0 points" in found.reasons[0]  # planted: 0.2 of accuracy lost per unit of alpha
+
+
+def test_without_ood_sets_nothing_is_said_about_robustness() -> None:
+    found = verdict(RESULTS["no OOD"])
+    assert found.level == "warn"
+    assert any("says nothing about robustness" in reason for reason in found.reasons)
+
+
+def test_two_ends_only_leave_the_mix_open() -> None:
+    found = verdict(RESULTS["two ends only"])
+    assert found.level == "open"
+    assert any("No alpha between the ends was scanned" in reason for reason in found.reasons)
+
+
+def test_few_images_name_no_winner_that_they_cannot_show() -> None:
+    assert verdict(RESULTS["few images"]).level != "good"
+
+
+def test_a_path_without_an_end_says_why_there_is_no_recommendation() -> None:
+    found = verdict(RESULTS["no end point"])
+    assert found.recommendation is None
+    assert found.headline.startswith("No recommendation: alphas [0.0, 0.25, 0.5] lack an end point")
+
+
+def test_only_the_planted_straggler_is_named_and_only_as_company() -> None:
+    sentence = co_moving(FULL)
+    assert sentence.startswith(f"1 layer co-moves with the OOD error in at least one measure, most {STRAGGLER}")
+    assert sentence.endswith("Co-moving is not a cause.")
+
+
+def test_the_answer_under_the_path_holds_the_key_numbers() -> None:
+    answers = {exhibit.name: exhibit.answer.replace("\xa0", " ") for exhibit in exhibits(FULL)}
+    assert "highest at alpha 0.4 with 62.0 %, against 54.0 % zero-shot and 44.0 % fine-tuned" in answers["path"]
+    assert "12 of 87 values" in answers["heatmap-trace"]  # 8 layers x 11 alphas, one not measured; 11 noisy, 1 single
+    assert f"Least certain: {SINGLE} at alpha 0, relative error unknown" in answers["health-trace"]
+
+
+@every_case
+def test_text_and_html_summaries_say_the_verdict(case: str) -> None:
+    result = RESULTS[case]
+    assert verdict(result).headline in as_text(result)
+    shown = Page(as_html(result))
+    assert verdict(result).headline in shown.text
+    assert not {"script", "b", "i", "style"} & {tag for tag, _ in shown.tags}
+
+
+# ---------------------------------------------------------------- page
+
+
+@every_case
+def test_the_page_says_no_nan_and_no_none(case: str) -> None:
+    found = re.findall(r"\b(?:nan|NaN|inf|None|null|undefined)\b", page(case).text)
+    assert found == []
+
+
+@every_case
+def test_ids_are_unique_over_the_page(case: str) -> None:
+    ids = page(case).ids
+    assert len(ids) == len(set(ids))
+
+
+@every_case
+def test_every_reference_within_the_page_has_its_target(case: str) -> None:
+    ids = set(page(case).ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', source(case))) <= ids
+
+
+@every_case
+def test_the_page_asks_the_network_for_nothing(case: str) -> None:
+    assert "://" not in source(case)
+    assert not re.findall(r"@import|<link|<iframe|<object", source(case))
+    for _, attributes in page(case).tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+
+
+@every_case
+def test_the_page_is_under_two_megabytes(case: str) -> None:
+    assert len(source(case).encode()) < 2_000_000
+
+
+@every_case
+def test_names_from_outside_cannot_become_markup(case: str) -> None:
+    tags = [tag for tag, _ in page(case).tags]
+    assert tags.count("script") == 1
+    assert "i" not in tags  # the planted warning holds one
+    if "ood" not in CASES[case]:
+        assert "&lt;b&gt;&amp;" in source(case)
+        assert HOSTILE in page(case).text
+
+
+def test_only_the_own_script_may_run() -> None:
+    script = re.search(r"<script>(.*?)</script>", source("full"), flags=re.DOTALL)
+    assert script is not None
+    digest = b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}" in source("full") or f"script-src 'sha256-{digest}'" in source("full")
+
+
+@every_case
+def test_each_figure_has_a_label_and_a_question(case: str) -> None:
+    drawings = [found for tag, found in page(case).tags if tag == "svg"]
+    assert drawings
+    assert all(found["role"] == "img" and len(found["aria-label"] or "") > 40 for found in drawings)
+    questions = re.findall(r"<figcaption>.*?<b>([^<]+\?)</b>", source(case), flags=re.DOTALL)
+    assert len(questions) == len(drawings)
+
+
+def test_the_page_is_readable_without_scripts() -> None:
+    hidden = [found.get("id") or found.get("class") for tag, found in page("full").tags if "hidden" in found]
+    assert hidden == ["theme", "controls", "lit"]  # what does nothing without a script
+    assert verdict(FULL).headline in page("full").text
+
+
+def test_the_page_names_what_was_not_measured_and_why() -> None:
+    text = page("full").text
+    assert f"not a sharpness of zero. {UNUSED}" in text
+    assert "scans: 3 images could not be read <i>" in text
+    assert "Co-moving is no proof" in text
+    assert "p-value" not in text
+
+
+def test_a_layer_carries_one_number_through_all_figures_and_tables() -> None:
+    number = str(LAYERS.index(STRAGGLER))
+    marked = [tag for tag, found in page("full").tags if found.get("data-layer") == number]
+    assert marked.count("tr") == 8  # four measures in two tables
+    assert marked.count("g") >= 2 * 4 + 1 + 4  # both panels of four heatmaps, the straggler figure, four health figures
+
+
+def test_optional_facts_may_be_missing() -> None:
+    result = RESULTS["failure"]
+    needed = {key: result.meta[key] for key in ("alphas", "measures", "splits", "layers", "seed")}
+    needed["splits"] = {name: {"role": facts["role"]} for name, facts in needed["splits"].items()}
+    bare = ScanResult(result.cells, needed)
+    assert "not recorded" in Page(render(bare)).text
+    assert as_text(bare).startswith("sharpscope: zero-shot to fine-tuned")
+
+
+def test_writing_twice_gives_the_same_bytes_in_the_same_place(tmp_path: Path) -> None:
+    result = planted(**SMALL)
+    assert write(result, tmp_path) == tmp_path / "index.html"
+    first = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    write(planted(**SMALL), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")} == first
+    names = {
+        "path",
+        "plane",
+        "stragglers",
+        *(f"{kind}-{m}" for kind in ("heatmap", "health") for m in result.meta["measures"]),
+    }
+    assert first.keys() == {"index.html", *(f"{name}.svg" for name in names)}
+
+
+# ---------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import sharpscope.result, sharpscope.summary", ("torch", "matplotlib")),
+        ("r = planted(alphas=(0.0, 1.0)); repr(r); r._repr_html_()", ("torch", "matplotlib")),
+        (
+            "from sharpscope.report.page import render; render(planted(alphas=(0.0, 1.0)))",
+            ("torch", "matplotlib.pyplot"),
+        ),
+    ],
+)
+def test_reading_a_result_loads_no_more_than_it_needs(code: str, absent: tuple[str, ...]) -> None:
+    here = Path(__file__).parent
+    script = f"import sys; from planted import planted; {code}; print([m for m in {absent!r} if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _browse(place: Path, profile: Path) -> str:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        if "CI" in os.environ:
+            pytest.fail("no Chromium: the page must be opened in a real browser in CI")
+        pytest.skip("no Chromium")
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    base = [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
+    command = [*base, "--dump-dom", place.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_in_a_browser_the_script_runs(tmp_path: Path) -> None:
+    place = tmp_path / "index.html"
+    place.write_text(source("full"), encoding="utf-8")
+    dom = _browse(place, tmp_path / "profile")
+    rows = 4 * (len(LAYERS) + 1)  # every measure, every layer, the unused one too
+    assert f"{rows} of {rows} rows" in dom
+    assert 'aria-sort="none"' in dom
+    assert 'class="pick"' in dom
+
+
+def test_in_a_browser_with_scripts_off_the_page_is_whole(tmp_path: Path) -> None:
+    # Chromium prints no DOM with scripts off, so the script is taken out: to the page that is the same.
+    place = tmp_path / "index.html"
+    place.write_text(re.sub("<script>.*?</script>", "", source("full"), flags=re.DOTALL), encoding="utf-8")
+    dom = _browse(place, tmp_path / "profile")
+    assert 'aria-sort="none"' not in dom
+    assert Page(dom).text == page("full").text
