@@ -16,7 +16,7 @@ def checkpoints(steps: int) -> list[int]:
     """Return the steps at which the step size may be halved (arXiv 2003.01690).
 
     >>> checkpoints(20)
-    [4, 8, 11, 14, 16, 18, 19]
+    [4, 8, 11, 14, 16, 17, 18, 19]
     """
     shares, width = [0.0, 0.22], 0.22
     while shares[-1] < 1:

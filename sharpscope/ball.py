@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from sharpscope.errors import UsageError
-from sharpscope.tree import Tree, gaussian, norm, scaled
+from sharpscope.tree import Tree, gaussian, norm, scaled, uniform
 
 Norm = Literal["2", "inf"]
 SMALLEST = 1e-8  # adaptive scale of a weight that is zero; a plain |w| makes 0/0 in the projection
@@ -51,10 +52,15 @@ class Ball:
         return scaled(d, self.rho / length) if length > self.rho else d
 
     def random(self, *key: object) -> Tree:
-        """Return a point inside the ball, determined by the key: half way out in a Gaussian direction."""
-        direction = {name: self.scales[name] * tensor for name, tensor in gaussian(self.scales, *key).items()}
-        inner = Ball(self.rho / 2, self.p, self.scales)
-        return inner.project(scaled(direction, 1e6 * self.rho / max(norm(direction), 1e-300)))
+        """Return a uniformly distributed point of the ball (in the coordinates d / c), determined by the key."""
+        if self.p == "inf":
+            return {name: self.rho * self.scales[name] * t for name, t in uniform(self.scales, *key).items()}
+        direction = gaussian(self.scales, *key)
+        size = sum(tensor.numel() for tensor in direction.values())
+        # |N(0, 1)| -> uniform through the normal distribution, so that one kind of draw serves for both parts.
+        share = math.erf(abs(float(gaussian({"radius": torch.zeros(())}, *key)["radius"])) / math.sqrt(2))
+        length = self.rho * share ** (1 / size) / norm(direction)
+        return {name: length * self.scales[name] * tensor for name, tensor in direction.items()}
 
 
 def check(rho: float, p: str) -> None:

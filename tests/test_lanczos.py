@@ -41,7 +41,8 @@ def test_every_layers_eigenvalue_is_the_dense_one(kind):
 def test_an_eigenvalue_lies_within_the_residual():
     matrix, _ = symmetric(np.linspace(-1, 3, 40))
     for tolerance in (0.3, 0.1, 0.01):
-        (ritz,) = largest(matrix_product(matrix), {"x": torch.ones(40, dtype=torch.float64)}, tolerance=tolerance, most=40)
+        start = {"x": torch.ones(40, dtype=torch.float64)}
+        (ritz,) = largest(matrix_product(matrix), start, tolerance=tolerance, most=40)
         assert np.abs(np.linspace(-1, 3, 40) - ritz.value).min() <= ritz.residual * (1 + 1e-9) + 1e-12
         image = matrix @ ritz.vector["x"]
         assert float((image - ritz.value * ritz.vector["x"]).norm()) == pytest.approx(

@@ -8,11 +8,11 @@ import torch
 from nets import block, dense_hessian, made, objective
 
 from sharpscope import tree
+from sharpscope.ball import Ball
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
-from sharpscope.ball import Ball
 from sharpscope.perturbation import AverageMSharpness, MSharpness, groups
 from sharpscope.table import MODEL
 
@@ -115,3 +115,98 @@ def test_layer_sharpness_moves_that_layer_only():
 def test_settings_without_meaning_are_refused(settings):
     with pytest.raises(UsageError, match="cannot be meant"):
         MSharpness(**settings)
+
+
+def two_weights(m=4):
+    """A layer of two weights in a curved, tilted landscape; the other layer is fixed."""
+    weights = {"a": torch.tensor([0.3, -0.2], dtype=torch.float64), "b": torch.tensor([0.5], dtype=torch.float64)}
+    x = torch.tensor([[1.0, 0.5], [0.3, -1.0], [0.8, 0.9], [-0.4, 0.7]], dtype=torch.float64)
+
+    def forward(w, x):
+        u, v = w["a"][0] * x[:, 0], w["a"][1] * x[:, 1]
+        return torch.sin(3 * u + 1) + torch.cos(4 * v) * u + 0.3 * v * v + w["b"][0] * x[:, 0]
+
+    fn = Objective(forward, lambda z, t: z.sum(), (Batch(x, torch.zeros(4)),))
+    return Point(fn, weights, ["a", "b"]), partition(["a", "b"])
+
+
+def brute_force(point, group, rho, order, adaptive, grid=801):
+    """Return the highest rise of a group's loss over a fine grid of the ball around the layer's two weights."""
+    w = point.weights["a"].detach()
+    c = w.abs().clamp_min(1e-8) if adaptive else torch.ones(2, dtype=torch.float64)
+    line = torch.linspace(-rho, rho, grid, dtype=torch.float64)
+    u = torch.cartesian_prod(line, line)
+    if order == "2":  # polar, so that the rim is hit exactly
+        r, angle = torch.cartesian_prod(line[grid // 2 :], torch.linspace(0, 2 * math.pi, grid, dtype=torch.float64)).T
+        u = torch.stack([r * angle.cos(), r * angle.sin()], 1)
+    x = group.batches[0].inputs
+    wild = w + c * u
+    a, b = wild[:, :1] * x[:, 0], wild[:, 1:] * x[:, 1]
+    z = torch.sin(3 * a + 1) + torch.cos(4 * b) * a + 0.3 * b * b + 0.5 * x[:, 0]
+    return float(z.mean(1).max() - group({n: t.detach() for n, t in point.weights.items()}))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("order", ["2", "inf"])
+@pytest.mark.parametrize("rho", [0.05, 0.5, 2.0])
+def test_worst_case_never_exceeds_the_true_maximum_and_apgd_reaches_99_percent(order, adaptive, rho):
+    point, layers = two_weights()
+    ball = {"rho": rho, "m": 2, "norm": order, "adaptive": adaptive}
+    one_step = dict(MSharpness(**ball)(point, layers, seed=0))["a"]
+    # A wide ball holds several hills: restarts find the highest.
+    apgd = dict(MSharpness(**ball, steps=20, restarts=20)(point, layers, seed=0))["a"]
+    truth = [brute_force(point, group, rho, order, adaptive) for group in groups(point.objective, 2)]
+    for mine, best, exact in zip(one_step.samples, apgd.samples, truth, strict=True):
+        assert mine <= best + 1e-12
+        assert best <= exact + 1e-3 * abs(exact)  # the grid's own error
+        assert best >= 0.99 * exact
+    assert apgd.value == pytest.approx(np.mean(apgd.samples))
+
+
+def test_apgd_without_restarts_is_never_below_the_single_step():
+    net = made("vit")
+    fn, weights, names = objective(net)
+    layers = partition(names, containers=container_names(net))
+    point = Point(fn, weights, names)
+    single = dict(MSharpness(rho=0.3, m=6)(point, layers, seed=0))
+    climbed = dict(MSharpness(rho=0.3, m=6, steps=10)(point, layers, seed=0))
+    for layer, found in climbed.items():
+        assert (found.samples >= single[layer].samples - 1e-12).all(), layer
+    assert climbed["head"].value > 1.001 * single["head"].value
+
+
+def test_uniform_noise_has_a_third_of_the_gaussian_sharpness_on_a_quadratic():
+    point, layers, x = quadratic([2.0, 4.0, 6.0, -1.0], [0.0] * 4)
+    found = dict(AverageMSharpness(rho=0.1, norm="inf", draws=4000)(point, layers, seed=0))
+    assert abs(found["a"].value - 0.005 * 6.0 / 3 * float(x.mean())) < 4 * found["a"].stderr
+
+
+def test_logit_normalised_sharpness_does_not_see_the_scale_of_the_logits():
+    """The last layer times ten: raw sharpness changes, logit-normalised adaptive sharpness does not."""
+    net, scaled = made("mlp"), made("mlp")
+    with torch.no_grad():
+        for tensor in scaled[4].parameters():
+            tensor.mul_(10)
+    found = {}
+    for key, module in (("one", net), ("ten", scaled)):
+        fn, weights, names = objective(module)
+        point, layers = Point(fn, weights, names), partition(names, containers=container_names(module))
+        for logits in ("raw", "normalised"):
+            measure = MSharpness(m=6, adaptive=True, rho=0.1, logits=logits)
+            found[key, logits] = dict(measure(point, layers, seed=0))["4"].value
+    assert found["ten", "normalised"] == pytest.approx(found["one", "normalised"], rel=1e-9)
+    assert found["ten", "raw"] > 2 * found["one", "raw"]
+
+
+def test_names_say_what_departs_from_the_default():
+    assert MSharpness().name == "m_sharpness"
+    assert MSharpness(norm="inf", adaptive=True, steps=20).name == "m_sharpness_apgd_inf_adaptive"
+    assert AverageMSharpness(logits="normalised").name == "m_sharpness_average_logit_normalised"
+    assert MSharpness(rho=0.1, label="m_sharpness_wide").name == "m_sharpness_wide"
+
+
+def test_inputs_that_cannot_be_regrouped_are_refused():
+    point, _ = two_weights()
+    pair = Objective(point.objective.forward, point.objective.loss, (Batch({"image": 0}, torch.zeros(2)),))
+    with pytest.raises(UsageError, match="regroups examples"):
+        groups(pair, 2)
