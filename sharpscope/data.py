@@ -102,6 +102,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the loader has to say about its data, e.g. which images could not be read."""
+        return tuple(getattr(self._loader, "notes", ()))
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in their order; ``DataError`` if the labels differ from those of the first pass."""
         if self._cache is not None:

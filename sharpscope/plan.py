@@ -195,16 +195,22 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _module(model: Any, classes: Sequence[str] | None) -> tuple[Any, str]:
-    """Return a classifier and its name: the model itself, or a CLIP with the head of the data's class names."""
-    if not hasattr(model, "classifier") or isinstance(model, nn.Module):
-        return model, type(model).__name__
+def _modules(
+    models: tuple[Any, Any], classes: Sequence[str] | None
+) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
+    """Return two classifiers, their names and notes: the models, or CLIPs with a head made of the class names."""
+    clips = [hasattr(model, "classifier") and not isinstance(model, nn.Module) for model in models]
+    if not all(clips):
+        return models, (type(models[0]).__name__, type(models[1]).__name__), []
     if classes is None:
         raise DataError(
-            f"{model.name} is a CLIP and needs class names for its head, the ID data has none",
+            f"{models[0].name} is a CLIP and needs class names for its head, the ID data has none",
             "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
         )
-    return model.classifier(classes), model.name
+    from sharpscope.models.compatibility import pair  # transformers, only where it is needed
+
+    start, end, notes = pair(*models, classes)
+    return (start, end), (models[0].name, models[1].name), notes
 
 
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
@@ -248,9 +254,10 @@ def prepare(
     Cost: two forwards and one gradient of a batch, and a forward per split.
     """
     _check_names([id_split, *ood])
-    (module, name_a), (other, name_b) = (_module(model, id_split.classes) for model in models)
+    (module, other), model_names, notes = _modules(models, id_split.classes)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
-    path, constants, notes = _ends(networks)
+    path, constants, moving = _ends(networks)
+    notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
     place = _device(device, path.start)
     path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
@@ -272,7 +279,7 @@ def prepare(
         curvature_images=objective.examples,
         sharpness_data=curvature,
         objective=objective,
-        names=(name_a, name_b),
+        names=model_names,
         device=place,
         warnings=notes,
     )

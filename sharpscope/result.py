@@ -57,6 +57,11 @@ class ScanResult:
         return next(name for name, facts in self.meta["splits"].items() if facts["role"] == "id")
 
     @property
+    def curvature_split(self) -> str:
+        """Name of the split that sharpness was measured on."""
+        return str(self.meta.get("curvature_split", self.id_split))
+
+    @property
     def ood_splits(self) -> list[str]:
         """Names of the OOD splits."""
         return [name for name, facts in self.meta["splits"].items() if facts["role"] == "ood"]

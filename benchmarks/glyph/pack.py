@@ -120,7 +120,7 @@ def main(archive: Path, pages_file: Path, output: Path, assets: Path, report: Pa
         assert changed.keys() == image_weights(base).keys()
         save_model(base | changed, assets / name)
     write_images(pages, assets / "images.zip")
-    (assets / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
+    (assets / "classnames.txt").write_text("\n".join(sorted(CLASSES)) + "\n")
     (assets / "templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     (assets / "FACES.md").write_text(faces_page(face_list(archive)[1], pages))
     report.write_text(json.dumps(result(output, right, pages, shipped), indent=1) + "\n")

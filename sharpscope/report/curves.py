@@ -103,7 +103,7 @@ class Grid:
 
 
 def rows_of(result: ScanResult, measure: str) -> pd.DataFrame:
-    """Return the curvature rows of one measure on the ID split.
+    """Return the curvature rows of one measure.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def rows_of(result: ScanResult, measure: str) -> pd.DataFrame:
         If the scan holds no such measure.
     """
     rows = result.layers
-    found = rows[(rows["measure"] == measure) & (rows["split"] == result.id_split)]
+    found = rows[(rows["measure"] == measure) & (rows["split"] == result.curvature_split)]
     if found.empty:
         known = ", ".join(rows["measure"].unique()) or "none"
         raise UsageError(

@@ -80,7 +80,7 @@ def worst_cells(grid: Grid) -> list[tuple[str, float, float]]:
 def _runs(result: ScanResult, grid: Grid) -> Iterator[Run]:
     arrays = {cell.key: cell.arrays for cell in result.cells}
     for layer, alpha, error in worst_cells(grid):
-        samples = arrays.get(cell_key(alpha, result.id_split, grid.measure), {}).get(layer)
+        samples = arrays.get(cell_key(alpha, result.curvature_split, grid.measure), {}).get(layer)
         if samples is not None and samples.ndim == 1 and len(samples):
             estimate, stderr = running(np.asarray(samples, dtype=float), is_ritz(grid.measure))
             kept = np.unique(np.linspace(0, len(estimate) - 1, POINTS).round().astype(int))

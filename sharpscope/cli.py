@@ -1,0 +1,196 @@
+"""The command line: each command parses, makes one library call and prints."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sharpscope._version import __version__
+from sharpscope.errors import SharpscopeError, UsageError
+
+if TYPE_CHECKING:
+    from sharpscope.result import ScanResult
+
+# Plain help: rich alone would take longer to load than --help may take.
+app = typer.Typer(
+    name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+)
+OUT = "sharpscope-report"
+INTERRUPTED = 130
+_NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {message}")
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, ending in a sentence and an exit code where it would end in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                command(*args, **kwargs)
+        except SharpscopeError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command again to resume")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _show(result: ScanResult, folder: str | Path) -> None:
+    typer.echo(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sharpscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    """Layer-wise sharpness along the path between a zero-shot CLIP and its fine-tuned self, and which alpha to ship."""
+
+
+Out = Annotated[str | None, typer.Option(help=f"Folder that everything is written to.  [default: {OUT}]")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what --out holds instead of resuming it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Granular = Annotated[str | None, typer.Option(metavar="tower|block|part|tensor", help="What a layer is.")]
+
+
+@app.command(short_help="The report on an embedded pair, offline.")
+@guarded
+def demo(
+    out: Out = None,
+    failure: Annotated[bool, typer.Option("--failure", help="The pair whose interpolation fails.")] = False,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the full report on an embedded pair of small CLIPs: offline, in under two minutes."""
+    from sharpscope.commands.report import measure
+    from sharpscope.demo import settings
+
+    chosen = settings(out or OUT, "failure" if failure else "success")
+    _show(measure(chosen, fresh=fresh, progress=False if quiet else None), chosen.out)
+
+
+@app.command(short_help="Measure two CLIPs, write the report.")
+@guarded
+def report(
+    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan: write its page again.")] = None,
+    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")] = None,
+    fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same CLIP, fine-tuned.")] = None,
+    id: Annotated[str | None, typer.Option(metavar="DIR", help="ID images, one folder per class.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="An OOD set; repeatable.")] = None,
+    sharpness_on: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Images that sharpness is measured on, e.g. training images.")
+    ] = None,
+    classnames: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Words of the class folders: JSON, or a line each.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Sentences with {} for the class name, a line each.")
+    ] = None,
+    subset: Annotated[bool | None, typer.Option("--subset", help="Leave out OOD folders that are no ID class.")] = None,
+    measures: Annotated[
+        str | None, typer.Option(metavar="A,B", help="trace, lambda_max, m_sharpness, m_sharpness_average.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="TIMES", help="Times the usual target errors; 2: a quarter of the probes.")
+    ] = None,
+    alphas: Annotated[str | None, typer.Option(metavar="N|A,B", help="How many points, or which.")] = None,
+    limit: Annotated[
+        str | None, typer.Option(metavar="N|all", help="Most images that sharpness is measured on.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
+    granularity: Granular = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML with these settings; flags win.")] = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure two CLIPs on folders of images and write the report; or write the page of a saved scan again."""
+    given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
+    if folder is not None:
+        _again(folder, sorted(given.keys() - {"folder", "quiet"}))
+        return
+    from sharpscope.commands.report import measure, plan_line
+    from sharpscope.config import settings
+
+    chosen = settings({name: value for name, value in given.items() if name not in _NO_SETTINGS}, config)
+    if dry_run:
+        typer.echo(plan_line(chosen))
+        return
+    _show(measure(chosen, fresh=fresh, progress=False if quiet else None), chosen.out)
+
+
+def _again(folder: str, besides: list[str]) -> None:
+    """Write the page of a saved scan; needs neither a model nor torch."""
+    from sharpscope.report.page import write
+    from sharpscope.result import open_result
+
+    if besides:
+        raise UsageError(
+            f"report {folder} only draws what was measured; --{besides[0].replace('_', '-')} changes nothing in it",
+            "leave out the folder to measure anew, or the flag to draw again",
+        )
+    result = open_result(folder)
+    write(result, folder)
+    _show(result, folder)
+
+
+@app.command(short_help="Show what the layers of a model are.")
+@guarded
+def layers(
+    model: Annotated[str, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")],
+    granularity: Granular = None,
+) -> None:
+    """Print which tensors of a model form which layer; no data, no compute."""
+    from sharpscope.models import load
+    from sharpscope.partition import layers as partition
+
+    typer.echo(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
+
+
+@app.command(short_help="Check this installation.")
+@guarded
+def doctor() -> None:
+    """Check versions, attention and second derivatives of this installation."""
+    from sharpscope.doctor import examine
+
+    failed = []
+    for check in examine():
+        typer.echo(str(check))
+        failed += [check.name] * (check.passed is False)
+    if failed:
+        _say(f"error: {len(failed)} checks failed: {', '.join(failed)}")
+        raise typer.Exit(SharpscopeError.exit_code)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="sharpscope")
+
+
+if __name__ == "__main__":
+    main()

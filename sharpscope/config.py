@@ -1,0 +1,146 @@
+"""Settings of the report command: one schema for flags and for the configuration file."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sharpscope.errors import UsageError
+from sharpscope.measures import DEFAULT
+from sharpscope.partition import Granularity
+
+FILE = "config.resolved.toml"
+
+
+class Settings(BaseModel):
+    """What a report is made of. Keys of the file and flags are these names, written with - or _."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    zero_shot: str = Field(description="the zero-shot CLIP: a directory or hub id")
+    fine_tuned: str = Field(description="its fine-tuned self")
+    id: str = Field(description="in-distribution images, a folder per class")
+    ood: dict[str, str] = Field(default={}, description="name -> folder of each out-of-distribution set")
+    sharpness_on: str | None = Field(default=None, description="images that sharpness is measured on")
+    classnames: str | None = Field(default=None, description="words of each class folder")
+    templates: str | None = Field(default=None, description="sentences that class names are put into")
+    subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
+    measures: tuple[str, ...] = Field(default=DEFAULT, description="what is measured")
+    tolerance: float = Field(default=1.0, gt=0, description="times the usual target errors: 2 is coarser and quicker")
+    alphas: int | tuple[float, ...] = Field(default=11, description="number of points, or the points")
+    limit: int | None = Field(default=256, description="most images that sharpness is measured on")
+    batch_size: int = Field(default=64, description="images whose gradient graph is built at once")
+    granularity: Granularity = Field(default="block", description="what a layer is")
+    device: str | None = Field(default=None, description="where to compute")
+    seed: int = Field(default=0, description="of all draws")
+    out: str = Field(default="sharpscope-report", description="folder that everything is written to")
+
+    @field_validator("ood", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Take ``["NAME=DIR", ...]`` as a mapping."""
+        if not isinstance(value, list | tuple):
+            return value
+        found: dict[str, str] = {}
+        for item in value:
+            name, equals, place = str(item).partition("=")
+            if not (name and equals and place):
+                raise ValueError(f"{item!r} is not NAME=DIR")
+            if name in found:
+                raise ValueError(f"the name {name!r} is given twice")
+            found[name] = place
+        return found
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("alphas", mode="before")
+    @classmethod
+    def _points(cls, value: Any) -> Any:
+        """Take ``"11"`` as a number of points and ``"0,0.5,1"`` as the points."""
+        if not isinstance(value, str):
+            return value
+        return int(value) if value.strip().isdigit() else [float(part) for part in value.split(",") if part.strip()]
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return None if value == "all" else value
+
+
+def flag(name: str) -> str:
+    """Return a key as it is written on the command line.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def settings(flags: Mapping[str, Any], config: str | Path | None = None) -> Settings:
+    """Return the settings of a file and of flags; flags win, a flag that is None was not given.
+
+    Raises
+    ------
+    UsageError
+        For the first key that is unknown (with the nearest known one), missing or of a wrong kind.
+    """
+    stored = {} if config is None else read_config(Path(config))
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**{**stored, **given})
+    except ValidationError as error:
+        raise _usage(error.errors()[0]) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the keys of a TOML file, with _ for -; ``UsageError`` if there is none or it is no TOML."""
+    if not path.is_file():
+        raise UsageError(f"there is no configuration file {path}")
+    try:
+        stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {error}") from error
+    return {name.replace("-", "_"): value for name, value in stored.items()}
+
+
+def _usage(fault: Mapping[str, Any]) -> UsageError:
+    name = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(name, Settings.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Settings.model_fields)}"
+        return UsageError(f"{name!r} is no setting", hint)
+    what = Settings.model_fields[name].description
+    if fault["type"] == "missing":
+        return UsageError(f"{flag(name)} is missing: {what}", f"{flag(name)} ..., or {name!r} in the --config file")
+    found = fault["msg"].removeprefix("Value error, ")
+    return UsageError(f"{flag(name)}: {found[:1].lower()}{found[1:]}, found {fault['input']!r}", what)
+
+
+def write_config(chosen: Settings, folder: str | Path) -> Path:
+    """Write the settings as a file that ``--config`` reads back to equal ones; return its path."""
+    plain = {name: value for name, value in chosen.model_dump().items() if value is not None}
+    tables = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if name not in tables]
+    if chosen.limit is None:
+        lines.append('limit = "all"')
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
+    path = Path(folder) / FILE
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _toml(value: Any) -> str:
+    """Return a string, number, truth value or list in TOML, whose strings are those of JSON."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
