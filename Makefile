@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= sharpscope-demo
 
-.PHONY: demo test lint types format environment bench figures clean
+.PHONY: demo test lint types format environment rivals bench clean
 
 environment:
 	@$(PYTHON) .ci/environment.py
@@ -12,7 +12,9 @@ demo: environment
 	$(BIN)/sharpscope demo --out $(OUT)
 
 test: lint types
-	$(BIN)/python -m pytest
+	SHARPSCOPE_RIVALS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+rivals: environment
 
 lint: environment
 	$(BIN)/ruff check .
