@@ -1,5 +1,6 @@
-"""Make `.venv` with everything that the demo and the tests need. Run again, it does nothing; run twice at once, one waits.
+"""Make `.venv` with everything that the demo and the tests need.
 
+Run again, it does nothing; run twice at once, one waits.
 The stamp holds what the environment was made from, so that a changed pyproject.toml or constraints.txt installs anew.
 """
 
@@ -38,7 +39,7 @@ def install() -> None:
     """Install sharpscope, its development tools, and the rivals that tests compare it with."""
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
-    print("installing into .venv (once; torch is large)", flush=True)  # noqa: T201
+    print("installing into .venv (once; torch is large)", flush=True)
     pip("-c", "constraints.txt", "-e", ".[clip,dev]")
     # Two of the rivals ask for torchvision, which beside a CPU build of torch breaks transformers.
     pip("-c", "constraints.txt", "--no-deps", "-r", "benchmarks/rivals.txt")
@@ -47,7 +48,9 @@ def install() -> None:
 def main() -> None:
     """Install unless it is done, one process at a time."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the one place that an older Python gets to
-        sys.exit(f"error: sharpscope needs Python 3.11, this is {sys.version.split()[0]}\n  fix: make PYTHON=python3.11 ...")
+        sys.exit(
+            f"error: sharpscope needs Python 3.11, this is {sys.version.split()[0]}\n  fix: make PYTHON=python3.11 ..."
+        )
     with (ROOT / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not STAMP.exists() or STAMP.read_text() != made_from():

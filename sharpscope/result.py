@@ -54,7 +54,7 @@ class ScanResult:
     @property
     def id_split(self) -> str:
         """Name of the ID split."""
-        return next(name for name, facts in self.meta["splits"].items() if facts["role"] == "id")
+        return next(str(name) for name, facts in self.meta["splits"].items() if facts["role"] == "id")
 
     @property
     def curvature_split(self) -> str:
