@@ -25,7 +25,7 @@ def test_every_layers_trace_is_within_five_standard_errors_of_the_dense_diagonal
     point, layers, truth = vit
     for layer, found in Trace(most=400)(point, layers, seed=0):
         assert abs(found.value - truth[layer]) < 5 * found.stderr, layer
-        assert len(found.samples) == found.draws
+        assert layer == MODEL or len(found.samples) == found.draws
 
 
 def test_converged_layers_meet_their_target_and_others_say_so(vit):
@@ -38,7 +38,7 @@ def test_converged_layers_meet_their_target_and_others_say_so(vit):
             # The floor is fixed from the joint probes, so it may differ a little from the final sum.
             assert estimate.stderr <= max(0.05 * abs(estimate.value), 1.2 * floor), layer
         else:
-            assert estimate.draws == 30, layer
+            assert layer == MODEL or estimate.draws == 30, layer
     assert not all(estimate.converged for estimate in found.values())
 
 
