@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sharpscope._version import __version__
 
 if TYPE_CHECKING:
+    from sharpscope.crosscheck import verify
     from sharpscope.data import Split
     from sharpscope.folders import folder
     from sharpscope.models import load
@@ -30,9 +31,10 @@ _HOMES = {
     "load": ("sharpscope.models", "load"),
     "open": ("sharpscope.result", "open_result"),
     "scan": ("sharpscope.scanner", "scan"),
+    "verify": ("sharpscope.crosscheck", "verify"),
 }
 
-__all__ = ["ScanResult", "Split", "__version__", "folder", "layers", "load", "open", "scan"]
+__all__ = ["ScanResult", "Split", "__version__", "folder", "layers", "load", "open", "scan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ ROOMS = [
     ["plan"],
     ["report", "summary", "result"],
     ["scanner"],
-    ["config", "doctor", "demo"],
+    ["config", "doctor", "demo", "crosscheck"],
     ["commands", "cli", "__main__"],
 ]
 RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
@@ -84,7 +84,7 @@ def test_no_public_name_is_shadowed_by_a_module():
     assert not modules & set(sharpscope.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split"])
+@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split", "verify"])
 def test_every_public_name_resolves_and_is_documented(name):
     import sharpscope
 

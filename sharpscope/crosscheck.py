@@ -1,0 +1,196 @@
+"""Second derivatives of your model, checked against themselves and against other libraries."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from sharpscope.curvature.point import Point
+from sharpscope.data import as_split
+from sharpscope.losses import cross_entropy
+from sharpscope.network import logits, network
+from sharpscope.objective import Batch, Objective
+from sharpscope.partition import container_names, partition
+from sharpscope.perturbation import moved
+from sharpscope.table import MODEL
+from sharpscope.tree import Tree, axpy, dot, gaussian, norm, rademacher, scaled
+
+Data = list[tuple[Tensor, Tensor]]
+Rival = Callable[[nn.Module, Sequence[str], Data, Tree], Tensor]
+COLUMNS = ("against", "layer", "quantity", "difference", "limit", "agrees", "note")
+_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-8}
+_STEP = 1e-5  # of the finite difference, for a direction of length 1
+
+
+def _pyhessian(module: nn.Module, names: Sequence[str], data: Data, v: Tree) -> Tensor:
+    from pyhessian import hessian
+
+    tool = hessian(module, nn.CrossEntropyLoss(), dataloader=data, cuda=next(module.parameters()).is_cuda)
+    _, found = tool.dataloader_hv_product([v[name] for name in names])
+    return torch.cat([tensor.reshape(-1) for tensor in found])
+
+
+def _curvlinops(module: nn.Module, names: Sequence[str], data: Data, v: Tree) -> Tensor:
+    from curvlinops import HessianLinearOperator
+
+    own = dict(module.named_parameters())
+    chosen = [own[name] for name in names]
+    operator = HessianLinearOperator(module, nn.CrossEntropyLoss(), chosen, data, check_deterministic=False)
+    found: Tensor = operator @ _flat(v, names)
+    return found
+
+
+def _eigenthings(module: nn.Module, names: Sequence[str], data: Data, v: Tree) -> Tensor:
+    from hessian_eigenthings import HessianOperator
+    from hessian_eigenthings.loss_fns import supervised_loss
+
+    chosen = frozenset(names)
+    loss = supervised_loss(nn.CrossEntropyLoss())
+    operator = HessianOperator(module, data, loss, param_filter=lambda name, _: name in chosen)
+    found: Tensor = operator.matvec(_flat(v, names))
+    return found
+
+
+RIVALS: dict[str, Rival] = {
+    "pyhessian": _pyhessian,
+    "curvlinops-for-pytorch": _curvlinops,
+    "hessian-eigenthings": _eigenthings,
+}
+_LAYER_NORM = "forward mode through LayerNorm is wrong in torch (pytorch#196700): the rival is off, not sharpscope"
+
+
+class _Logits(nn.Module):
+    """The model with its outputs reduced to logits, as every rival expects them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return logits(self.inner(inputs))
+
+
+def _flat(tree: Tree, names: Sequence[str]) -> Tensor:
+    return torch.cat([tree[name].reshape(-1) for name in names])
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(theirs.dtype).tiny))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _difference(point: Point, weights: Tree, v: Tree) -> Tree:
+    """Return the central difference of the gradient along v, in float64: a wider step would cross ReLUs' kinks."""
+    batches = tuple(Batch(_wide(x), y) for x, y in point.objective.batches)
+    objective = Objective(point.objective.forward, point.objective.loss, batches)
+    wide, way = ({name: _wide(tensor) for name, tensor in t.items()} for t in (weights, v))
+    ahead, behind = (objective.gradient(moved(wide, scaled(way, s * _STEP)), v)[1] for s in (1, -1))
+    return scaled(axpy(-1.0, behind, ahead), 0.5 / _STEP)
+
+
+def _itself(point: Point, weights: Tree, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return symmetry, and a finite difference of the gradient, each along random directions."""
+    u, v = (scaled(t, 1 / norm(t)) for t in (gaussian(point.gradient, "verify", side) for side in "uv"))
+    hu, hv = point.product(u), point.product(v)
+    gaps = {
+        "symmetry": (abs(dot(u, hv) - dot(v, hu)) / norm(hv), _LIMITS[dtype]),
+        "finite difference": (
+            norm(axpy(-1.0, _difference(point, weights, v), hv)) / norm(hv),
+            max(_LIMITS[dtype], 1e-6),
+        ),
+    }
+    return [_row("itself", MODEL, quantity, gap, limit, "") for quantity, (gap, limit) in gaps.items()]
+
+
+def _row(against: str, layer: str, quantity: str, gap: float, limit: float, note: str) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (against, layer, quantity, gap, limit, gap <= limit, note), strict=True))
+
+
+def _compare(rival: str, module: nn.Module, names: Sequence[str], data: Data, v: Tree) -> Tensor:
+    """Return the rival's product on a copy of the model in which only the named tensors need gradients."""
+    theirs = _Logits(copy.deepcopy(module))
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name.removeprefix("inner.") in names)
+    v = {f"inner.{name}": tensor for name, tensor in v.items()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the rivals' own: reference cycles, deprecated torch calls
+        return RIVALS[rival](theirs, [f"inner.{name}" for name in names], data, v).detach()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: int = 64, seed: int = 0) -> pd.DataFrame:
+    """Return how far sharpscope's Hessian products of your model are from what others, and mathematics, say.
+
+    One row per check: symmetry and a finite difference of the gradient (``against`` "itself"), and the product with
+    one random probe by PyHessian, curvlinops and hessian-eigenthings, those that are installed
+    (``pip install "sharpscope[verify]"``), for the whole model and for one layer.
+
+    Parameters
+    ----------
+    model
+        A module in evaluation mode whose forward gives logits; it is not changed.
+    loader
+        Labelled data as for :func:`sharpscope.scan`.
+    layer
+        A layer id as :func:`sharpscope.layers` prints it; default the last.
+    limit
+        Examples, drawn by class; given to the rivals as one batch, since not all of them weigh unequal batches.
+    seed
+        Of the probe and the examples.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``against layer quantity difference limit agrees note``; ``difference`` is relative. A rival that fails
+        on the model has an infinite difference and its message as note.
+    """
+    net = network(model, "the model")
+    names = tuple(net.parameters)
+    layers = partition(names, containers=container_names(model)).layers
+    chosen = layer or list(layers)[-1]
+    batch = as_split(loader, "data").sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
+    weights = {**net.buffers, **net.parameters}
+    objective = Objective(net.forward, cross_entropy, (Batch(*batch),))
+    point, dtype = Point(objective, weights, names), next(iter(net.parameters.values())).dtype
+    rows = _itself(point, weights, dtype)
+    for rival in (name for name in RIVALS if _version(name)):
+        for place, mine in ((MODEL, names), (chosen, tuple(n for n in names if n in layers[chosen]))):
+            rows.append(_against(rival, place, mine, model, point, [(batch.inputs, batch.targets)], seed, dtype))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _against(
+    rival: str,
+    place: str,
+    names: Sequence[str],
+    model: nn.Module,
+    point: Point,
+    data: Data,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    probe = rademacher({name: point.gradient[name] for name in names}, seed, "verify", place)
+    ours = _flat(point.block_product(names, probe), names)
+    label, allowed = f"{rival} {_version(rival)}", _LIMITS[dtype]
+    try:
+        gap = _relative(ours, _compare(rival, model, names, data, probe))
+    except Exception as failure:  # whatever a rival raises is its answer
+        return _row(label, place, "product", float("inf"), allowed, f"{type(failure).__name__}: {failure}")
+    normed = rival.startswith("curvlinops") and any(isinstance(m, nn.LayerNorm) for m in model.modules())
+    return _row(label, place, "product", gap, allowed, _LAYER_NORM if normed and gap > allowed else "")
