@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "made-from"
-SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt")
+SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt", ".ci/loops.txt")
 
 
 def made_from() -> str:
@@ -36,13 +36,13 @@ def pip(*arguments: str) -> None:
 
 
 def install() -> None:
-    """Install sharpscope, its development tools, and the rivals that tests compare it with."""
+    """Install sharpscope, its development tools, and the libraries that tests compare or combine it with."""
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
     print("installing into .venv (once; torch is large)", flush=True)
     pip("-c", "constraints.txt", "-e", ".[clip,dev]")
     # Two of the rivals ask for torchvision, which beside a CPU build of torch breaks transformers.
-    pip("-c", "constraints.txt", "--no-deps", "-r", "benchmarks/rivals.txt")
+    pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sharpscope.data import Split
     from sharpscope.folders import folder
     from sharpscope.models import load
+    from sharpscope.optim import SGDSPD, AdamSPD
     from sharpscope.partition import layers
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # No public function shares its name with a module: importing the module would shadow it.
 _HOMES = {
+    "AdamSPD": ("sharpscope.optim", "AdamSPD"),
+    "SGDSPD": ("sharpscope.optim", "SGDSPD"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
     "folder": ("sharpscope.folders", "folder"),
@@ -34,7 +37,19 @@ _HOMES = {
     "verify": ("sharpscope.crosscheck", "verify"),
 }
 
-__all__ = ["ScanResult", "Split", "__version__", "folder", "layers", "load", "open", "scan", "verify"]
+__all__ = [
+    "SGDSPD",
+    "AdamSPD",
+    "ScanResult",
+    "Split",
+    "__version__",
+    "folder",
+    "layers",
+    "load",
+    "open",
+    "scan",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,101 @@
+"""What the measures of a scan cost at the first alpha and at the next ones, where eigenvectors are known from before.
+
+Usage, from the root of the repository::
+
+    PYTHONPATH=. python benchmarks/path.py --size b32 --device cuda --out benchmarks/results/path-b32-h200.json
+
+The start is the network of ``towers.py`` in a state of training, the end the same trained on; the unit is one gradient
+over the same examples, timed before and after each point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path as FilePath
+from statistics import median
+from typing import Any
+
+import torch
+from machine import facts, versions
+from towers import SIZES, STATES, images, tower, train
+
+from sharpscope.curvature.point import Point
+from sharpscope.losses import cross_entropy
+from sharpscope.measures import measures_from
+from sharpscope.network import network
+from sharpscope.objective import Batch, Objective
+from sharpscope.partition import layers
+from sharpscope.path import Path
+from sharpscope.precision import matmul_precision
+
+MEASURES = ("trace", "lambda_max", "m_sharpness")
+
+
+def seconds(work: Any) -> tuple[float, Any]:
+    """Return how long the work took, the device idle before and after, and its result."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, result
+
+
+def at(
+    objective: Objective, weights: dict[str, torch.Tensor], partition: Any, memory: Any
+) -> tuple[dict[str, Any], Any]:
+    """Return the cost of each measure at one point, and what the next point may start from."""
+    names = partition.names
+    gradients = [seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)]
+    setup, point = seconds(lambda: Point(objective, weights, names, memory=memory))
+    found: dict[str, Any] = {"seconds": {"setup": setup}, "products": {}, "unconverged": {}}
+    for measure in measures_from(MEASURES):
+        before = dict(point.counts)
+        took, estimates = seconds(lambda measure=measure: dict(measure(point, partition, 0)))
+        found["seconds"][measure.name] = took
+        found["products"][measure.name] = {k: n - before.get(k, 0) for k, n in point.counts.items()}
+        found["unconverged"][measure.name] = [layer for layer, e in estimates.items() if not e.converged]
+    gradients += [seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)]
+    unit = median(gradients)
+    found["gradient_seconds"] = unit
+    found["gradients"] = {name: took / unit for name, took in found["seconds"].items()}
+    found["kept_graphs"], memory = len(point._graphs.kept), point.found
+    return found, memory
+
+
+def main() -> None:
+    """Measure, print a line per alpha, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--state", choices=STATES, default="trained")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("highest", "high"), default="high")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 0.2])
+    parser.add_argument("--out", type=FilePath)
+    chosen = parser.parse_args()
+    size, device = SIZES[chosen.size], torch.device(chosen.device)
+    with matmul_precision(chosen.precision):
+        start, _ = train(size, chosen.state, chosen.device)
+        end, _ = train(size, "converged", chosen.device)
+        net = network(tower(size, "sdpa"), "the tower")
+        ends = ({n: w[n].to(device) for n in net.parameters} for w in (start, end))
+        path, buffers = Path(*ends), {n: b.to(device) for n, b in net.buffers.items()}
+        batches = tuple(Batch(x.to(device), y.to(device)) for x, y in images(size, size.images))
+        objective, memory, rows = Objective(net.forward, cross_entropy, batches), {}, []
+        for alpha in chosen.alphas:
+            row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory)
+            rows.append({"alpha": alpha, **row})
+            print(alpha, {k: round(v, 1) for k, v in row["gradients"].items()}, row["products"], row["unconverged"])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    report = {"settings": {**vars(chosen), "out": None}, "rows": rows, "peak_bytes": peak, "versions": versions()}
+    if chosen.out:
+        chosen.out.write_text(
+            json.dumps({**report, "machine": facts(chosen.device, torch.get_num_threads())}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

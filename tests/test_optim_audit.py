@@ -1,0 +1,301 @@
+"""The audit log says what happened, layer by layer, and measuring leaves no trace in the training."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.curvature.trace import Trace
+from sharpscope.errors import DataError, ModelError, UsageError
+from sharpscope.optim import SGDSPD, AdamSPD, AuditLog, audited, read_audit, sentence
+from sharpscope.optim.sharpness import SharpnessProbe
+from sharpscope.partition import Partition, layers
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(9)
+    return [(torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 0])) for _ in range(count)]
+
+
+def train(model, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step // 3)
+        optimizer.zero_grad()
+        model(torch.randn(6, 5, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+
+def spd(model, **options):
+    return AdamSPD(model.named_parameters(), **{"lr": 0.05, "anchor": network(1), "layers": layers(model)} | options)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_the_log_counts_what_single_steps_show(tmp_path, granularity):
+    model = network()
+    optimizer = spd(model, granularity=granularity)
+    with audited(optimizer, tmp_path / "spd.jsonl", every=7) as session:
+        train(model, optimizer, 20)
+    log = read_audit(tmp_path / "spd.jsonl")
+
+    # The same run again; after every step the weights are compared with those of AdamW from the same place.
+    twin = network()
+    other = spd(twin, granularity=granularity)
+    expected = dict.fromkeys(optimizer.layers.layers, 0)
+    for step in range(20):
+        plain = network()
+        plain.load_state_dict(twin.state_dict())
+        adam = torch.optim.AdamW(plain.parameters(), 0.05, weight_decay=0)
+        if step:
+            adam.load_state_dict(copy.deepcopy(torch.optim.AdamW.state_dict(other)))
+            adam.param_groups[0]["weight_decay"] = 0
+        torch.manual_seed(step)
+        train(plain, adam, 1, start=step)
+        torch.manual_seed(step)
+        train(twin, other, 1, start=step)
+        for layer, names in optimizer.layers.layers.items():
+            for name in names:
+                expected[layer] += not torch.equal(twin.get_parameter(name), plain.get_parameter(name))
+    del session
+    assert set(log.activity["step"]) == {7, 14, 20}
+    assert log.activity["decisions"].sum() == 20 * 6
+    # The logged run drew other dropout masks; repeat it under the same ones.
+    again, third = network(), tmp_path / "again.jsonl"
+    optimizer = spd(again, granularity=granularity)
+    with audited(optimizer, third, every=7):
+        for step in range(20):
+            torch.manual_seed(step)
+            train(again, optimizer, 1, start=step)
+    found = read_audit(third).activity.groupby("layer")["active"].sum().to_dict()
+    assert found == expected
+    assert sum(expected.values()) > 0
+
+
+def test_a_line_holds_distance_learning_rate_and_lambda(tmp_path):
+    model = network()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:2], "lr": 0.1, "decay": 0.25}, {"params": named[2:], "lr": 0.02}]
+    optimizer = AdamSPD(groups, anchor=network(1), decay=1.0, layers=layers(model))
+    log = AuditLog(tmp_path / "spd.jsonl", optimizer, every=5)
+    train(model, optimizer, 5)
+    log.step(5)
+    row = read_audit(tmp_path / "spd.jsonl").activity.set_index("layer").loc["0"]
+    moved = [(p - a).detach() for p, a in zip(model[0].parameters(), network(1)[0].parameters(), strict=True)]
+    size = torch.cat([a.detach().reshape(-1) for a in network(1)[0].parameters()]).norm().item()
+    distance = torch.cat([m.reshape(-1) for m in moved]).norm().item()
+    assert row["distance"] == pytest.approx(distance, rel=1e-6)
+    assert row["relative_distance"] == pytest.approx(distance / size, rel=1e-6)
+    assert (row["lr"], row["lambda"], row["tensors"], row["decisions"]) == (0.1, 0.25, 2, 10)
+
+
+def test_the_header_names_anchor_partition_and_versions(tmp_path):
+    model = network()
+    optimizer = spd(model)
+    AuditLog(tmp_path / "spd.jsonl", optimizer)
+    header = json.loads((tmp_path / "spd.jsonl").read_text().splitlines()[0])
+    assert header["anchor"] == optimizer.anchor_hash != spd(network(), anchor=network(2)).anchor_hash
+    assert header["partition"] == optimizer.layers_hash
+    assert header["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_without_activity_says_that_it_equals_adamw(tmp_path):
+    model = network().eval()  # plain descent on one batch: a smooth way out
+    optimizer = SGDSPD(model.named_parameters(), 1e-4, anchor="init")
+    with audited(optimizer, tmp_path / "spd.jsonl") as session:
+        train(model, optimizer, 3)
+    assert "was inactive" in session.summary
+    assert "equals the plain optimiser (AdamW" in session.summary
+    assert session.summary == sentence(read_audit(tmp_path / "spd.jsonl").activity)
+
+
+def test_lambda_zero_is_said_to_have_made_no_decision(tmp_path):
+    model = network()
+    optimizer = spd(model, decay=0.0)
+    with audited(optimizer, tmp_path / "spd.jsonl") as session:
+        train(model, optimizer, 4)
+    assert "no decision was made: lambda was 0" in session.summary
+
+
+def test_an_active_run_names_the_layer_held_back_most(tmp_path):
+    model = network()
+    optimizer = spd(model, exclude=[r"^[13]\."])
+    with audited(optimizer, tmp_path / "spd.jsonl") as session:
+        train(model, optimizer, 20)
+    active = read_audit(tmp_path / "spd.jsonl").activity["active"].sum()
+    assert session.summary.startswith(f"The projection held back {active} of 40 tensor-steps")
+    assert "most in 0 (" in session.summary
+
+
+def test_a_resumed_log_is_that_of_the_uninterrupted_run(tmp_path):
+    def lines(name, interrupted):
+        model, path = network(), tmp_path / name
+        model.eval()
+        optimizer = spd(model)
+        log = AuditLog(path, optimizer, every=4)
+        for step in range(1, 13):
+            train(model, optimizer, 1, start=step)
+            log.step(step)
+            if step == 8:
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                if interrupted:
+                    break
+        if interrupted:
+            train(model, optimizer, 4, start=9)
+            log.step(12)  # written after the checkpoint, then the run died while writing on
+            path.write_text(path.read_text() + '{"kind": "acti')
+            model = network(5).eval()
+            model.load_state_dict(saved[0])
+            optimizer = spd(model)
+            optimizer.load_state_dict(saved[1])
+            log = AuditLog(path, optimizer, every=4, step=8)
+            for step in range(9, 13):
+                train(model, optimizer, 1, start=step)
+                log.step(step)
+        return path.read_text()
+
+    assert lines("whole", False) == lines("resumed", True)
+
+
+def test_a_log_of_another_anchor_or_of_something_else_is_refused(tmp_path):
+    AuditLog(tmp_path / "spd.jsonl", spd(network()))
+    with pytest.raises(UsageError, match="log of another run: anchor is"):
+        AuditLog(tmp_path / "spd.jsonl", spd(network(), anchor=network(2)))
+    (tmp_path / "cells.jsonl").write_text('{"format": 1}\n{"cell": 3}\n')
+    with pytest.raises(UsageError, match=r"cells\.jsonl is not a readable audit log"):
+        AuditLog(tmp_path / "cells.jsonl", spd(network()))
+    with pytest.raises(UsageError, match="does not exist"):
+        read_audit(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UsageError, match="an audit log of AdamW"):
+        AuditLog(tmp_path / "adam.jsonl", torch.optim.AdamW(network().parameters()))
+    with pytest.raises(UsageError, match="every=0"):
+        AuditLog(tmp_path / "zero.jsonl", spd(network()), every=0)
+
+
+def test_an_empty_log_has_its_columns_and_a_sentence(tmp_path):
+    AuditLog(tmp_path / "spd.jsonl", spd(network()))
+    log = read_audit(tmp_path / "spd.jsonl")
+    assert "mean_ratio" in log.activity
+    assert sentence(log.activity).startswith("Nothing was logged")
+
+
+def test_a_diverged_run_is_logged_to_its_end(tmp_path):
+    model = network()
+    optimizer = spd(model)
+    with audited(optimizer, tmp_path / "spd.jsonl", every=1):
+        train(model, optimizer, 1)
+        model[0].weight.data.fill_(float("nan"))
+        train(model, optimizer, 1)
+    assert math.isnan(read_audit(tmp_path / "spd.jsonl").activity["distance"].iloc[-3])
+
+
+def test_recording_changes_no_weight(tmp_path):
+    first, second = network().eval(), network().eval()
+    train(first, spd(first), 10)
+    optimizer = spd(second)
+    with audited(optimizer, tmp_path / "spd.jsonl", every=2, model=second, batches=batches()):
+        train(second, optimizer, 10)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def quick(point, partition, seed):
+    """The squared gradient of each layer: one visit, for tests of everything around the measure."""
+    from sharpscope.curvature.estimate import Estimate
+
+    for layer, names in partition.layers.items():
+        value = sum(float(point.gradient[name].square().sum()) for name in names)
+        yield layer, Estimate(value, 0.0, 1, True, torch.zeros(0).numpy())
+
+
+def test_measuring_restores_modes_grad_mode_random_state_and_gradients():
+    model = network().train()
+    model[1].eval()
+    model(torch.randn(4, 5)).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+
+    def drawing(point, partition, seed):
+        torch.rand(3)
+        return Trace(most=5)(point, partition, seed)
+
+    with torch.no_grad():
+        SharpnessProbe(batches(), drawing)(model, layers(model))
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [sub.training for sub in model.modules()] == [True, True, False, True, True]
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_modes_come_back_when_the_measure_fails():
+    model = network().train()
+
+    def broken(*_):
+        raise ModelError("no curvature today")
+
+    with pytest.raises(ModelError, match="today"):
+        SharpnessProbe(batches(), broken)(model, layers(model))
+    assert all(sub.training for sub in model.modules())
+
+
+def test_inside_inference_mode_the_numbers_are_the_same():
+    model = network()
+    outside = [found.value for _, found in SharpnessProbe(batches(), quick)(model, layers(model))]
+    with torch.inference_mode():
+        inside = [found.value for _, found in SharpnessProbe(batches(), quick)(model, layers(model))]
+    assert inside == outside
+    assert all(value > 0 for value in outside)
+
+
+def test_the_measured_gradient_is_that_of_the_mean_loss():
+    model = network().train()  # dropout and batch statistics do not enter
+    found = dict(SharpnessProbe(batches(), quick)(model, Partition({"last": ("3.weight", "3.bias")})))
+    model.eval()
+    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    nn.functional.cross_entropy(model(x), y).backward()
+    expected = sum(p.grad.square().sum().item() for p in model[3].parameters())
+    assert found["last"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_half_precision_weights_are_measured_in_float32():
+    model = network().eval().bfloat16()
+    single = network().eval().bfloat16().float()
+    found, expected = (
+        [one.value for _, one in SharpnessProbe(batches(), quick)(m, layers(m))] for m in (model, single)
+    )
+    assert found == expected
+
+
+def test_sharpness_stands_in_the_log_beside_the_activity(tmp_path):
+    model = network()
+    optimizer = spd(model)
+    with audited(optimizer, tmp_path / "spd.jsonl", every=3, model=model, batches=batches()):
+        train(model, optimizer, 6)
+    found = read_audit(tmp_path / "spd.jsonl").sharpness
+    assert set(found["step"]) == {3, 6}
+    assert set(found["layer"]) == {"0", "1", "3", "(model)"} or set(found["layer"]) >= {"0", "1", "3"}
+    assert set(found["measure"]) == {"trace"}
+
+
+def test_batches_without_labels_or_examples_are_refused():
+    with pytest.raises(DataError, match="without labels"):
+        SharpnessProbe([torch.zeros(2, 5)])
+    with pytest.raises(DataError, match="no example"):
+        SharpnessProbe([])
+
+
+def test_batches_without_a_model_are_refused(tmp_path):
+    with (
+        pytest.raises(UsageError, match=r"no model to measure on"),
+        audited(spd(network()), tmp_path / "spd.jsonl", batches=batches()),
+    ):
+        pass

@@ -1,0 +1,123 @@
+"""The methods that Selective Projection Decay is compared with do what their papers say."""
+
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.errors import UsageError
+from sharpscope.optim import SAM, AdamL2SP, AdamRadius, probing
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def inputs(step):
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_l2_sp_is_adamw_on_the_penalised_loss():
+    mine, theirs, anchor = network(), network(), network(1)
+    optimizer = AdamL2SP(mine.named_parameters(), 0.05, anchor=anchor, strength=0.3, exclude=[r"^2\."])
+    plain = torch.optim.AdamW(theirs.parameters(), 0.05, weight_decay=0)
+    for step in range(10):
+        optimizer.zero_grad()
+        mine(inputs(step)).square().sum().backward()
+        optimizer.step()
+        plain.zero_grad()
+        pairs = zip(theirs[0].parameters(), anchor[0].parameters(), strict=True)
+        penalty = sum((p - a.detach()).square().sum() for p, a in pairs)
+        (theirs(inputs(step)).square().sum() + 0.15 * penalty).backward()
+        plain.step()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_l2_sp_pulls_inwards_when_the_objective_is_maximised_too():
+    down, up = network(), network()
+    descent = AdamL2SP(down.named_parameters(), 0.05, anchor=network(1), strength=0.3)
+    ascent = AdamL2SP(up.named_parameters(), 0.05, anchor=network(1), strength=0.3, maximize=True)
+    for step in range(5):
+        for model, update, sign in ((down, descent, 1), (up, ascent, -1)):
+            update.zero_grad()
+            (sign * model(inputs(step)).square().sum()).backward()
+            update.step()
+    assert same(down, up)
+
+
+def test_l2_sp_of_strength_zero_is_adamw():
+    mine, theirs = network(), network()
+    optimizer = AdamL2SP(mine.named_parameters(), 0.05, anchor=None, strength=0.0)
+    plain = torch.optim.AdamW(theirs.parameters(), 0.05, weight_decay=0)
+    for step in range(5):
+        for model, update in ((mine, optimizer), (theirs, plain)):
+            update.zero_grad()
+            model(inputs(step)).square().sum().backward()
+            update.step()
+    assert same(mine, theirs)
+
+
+def test_no_tensor_leaves_its_radius_and_those_inside_move_as_with_adamw():
+    mine, theirs, anchor = network(), network(), network()
+    optimizer = AdamRadius(mine.named_parameters(), 0.05, anchor="init", radius=0.5)
+    plain = torch.optim.AdamW(theirs.parameters(), 0.05, weight_decay=0)
+    touched = 0
+    for step in range(30):
+        for model, update in ((mine, optimizer), (theirs, plain)):
+            update.zero_grad()
+            model(inputs(step)).square().sum().backward()
+            update.step()
+        if step == 0:
+            assert same(mine, theirs)
+        for p, a in zip(mine.parameters(), anchor.parameters(), strict=True):
+            relative = ((p - a).norm() / a.norm()).item()
+            assert relative <= 0.5 * (1 + 1e-6)
+            touched += relative > 0.5 * (1 - 1e-5)
+    assert touched
+
+
+def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
+    """On f(w) = a w^2 / 2 the perturbed gradient is a (w + rho sign w)."""
+    w, a, rho, lr = torch.nn.Parameter(torch.tensor([2.0])), 3.0, 0.1, 0.01
+    optimizer = SAM(torch.optim.SGD([w], lr), rho=rho)
+    values = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a * w.square() / 2).sum()
+        loss.backward()
+        values.append(loss.item())
+        return loss
+
+    assert optimizer.step(closure).item() == values[0] == 6.0
+    assert len(values) == 2
+    assert w.item() == pytest.approx(2.0 - lr * a * (2.0 + rho), rel=1e-6)
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == lr
+
+
+def test_probing_trains_the_head_alone_and_puts_everything_back():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    with probing(model, r"^2\.") as head:
+        assert [name for name, _ in head] == ["2.weight", "2.bias"]
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["2.weight", "2.bias"]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: AdamL2SP(m.named_parameters(), anchor="init", strength=-1), "strength=-1"),
+        (lambda m: AdamRadius(m.named_parameters(), anchor="init", radius=0), "radius=0"),
+        (lambda m: SAM(torch.optim.SGD(m.parameters(), 0.1), rho=0), "rho=0"),
+        (lambda m: probing(m, "head").__enter__(), "head='head' matches no parameter"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(make, message):
+    with pytest.raises(UsageError, match=message):
+        make(network())
