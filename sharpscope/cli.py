@@ -123,6 +123,7 @@ def report(
     batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
     granularity: Granular = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML with these settings; flags win.")] = None,
     out: Out = None,

@@ -38,6 +38,7 @@ class Settings(BaseModel):
     batch_size: int = Field(default=64, description="images whose gradient graph is built at once")
     granularity: Granularity = Field(default="block", description="what a layer is")
     device: str | None = Field(default=None, description="where to compute")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from sharpscope.config import Settings, write_config
 from sharpscope.curvature.lanczos import Eigenvalue
@@ -87,20 +90,19 @@ def plan_line(chosen: Settings) -> str:
     return job.describe(plan, 0)
 
 
-def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = None) -> ScanResult:
-    """Return the scan of the settings and write it to ``out``: its cells as they finish, then page and settings.
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run torch on so many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    Parameters
-    ----------
-    chosen
-        See :class:`sharpscope.config.Settings`.
-    fresh
-        Discard what ``out`` holds; else a scan found there is resumed.
-    progress
-        See :func:`sharpscope.scan`.
-    """
-    found = material(chosen)
-    result = scan(
+
+def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | None) -> ScanResult:
+    return scan(
         found.zero_shot,
         found.fine_tuned,
         found.id,
@@ -117,6 +119,22 @@ def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = No
         device=chosen.device,
         progress=progress,
     )
+
+
+def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = None) -> ScanResult:
+    """Return the scan of the settings and write it to ``out``: its cells as they finish, then page and settings.
+
+    Parameters
+    ----------
+    chosen
+        See :class:`sharpscope.config.Settings`.
+    fresh
+        Discard what ``out`` holds; else a scan found there is resumed.
+    progress
+        See :func:`sharpscope.scan`.
+    """
+    with _threads(chosen.threads):
+        result = _scanned(chosen, material(chosen), fresh, progress)
     write_config(chosen, chosen.out)
     write(result, Path(chosen.out))
     return result

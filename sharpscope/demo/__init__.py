@@ -19,6 +19,7 @@ ID, SHARPNESS = "id", "train"  # sets of the archive that are not OOD
 ALPHAS = 11
 IMAGES = 72  # that sharpness is measured on: two of each class
 TOLERANCE = 3.0  # times the usual target errors: standard errors of 15 % show on every curve, in a ninth of the time
+THREADS = 1  # tensors this small gain nothing from a second thread, and lose where others use the machine too
 _MARK = ".archive"  # in an unpacked folder: the hash of its archive
 
 
@@ -71,6 +72,7 @@ def settings(out: str | Path, kind: Kind = "success") -> Settings:
         sharpness_on=str(images / SHARPNESS) if SHARPNESS in sets else None,
         templates=str(_asset("templates.txt")),
         tolerance=TOLERANCE,
+        threads=THREADS,
         alphas=ALPHAS,
         limit=IMAGES,
         out=str(out),
