@@ -3,7 +3,7 @@
 Usage::
 
     python benchmarks/layerwise.py --size tiny --state random trained converged --out results/layerwise-tiny-cpu.json
-    python benchmarks/layerwise.py --size b32 --device cuda --state trained --repeats 1 --work /tmp/b32
+    python benchmarks/layerwise.py --size b32 --device cuda --state trained --repeats 1 --work work/b32
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ from sharpscope.objective import Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
 from sharpscope.path import CONVENTION, Path
 from sharpscope.precision import Precision
+from sharpscope.provenance import provenance
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")
@@ -176,23 +175,6 @@ class Job:
             }
             for layer, names in self.layers.layers.items()
         }
-
-
-def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return versions, device and arithmetic that the numbers were made with."""
-    return {
-        "sharpscope": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "attention": "math (unfused) for curvature",
-    }
 
 
 def _modules(

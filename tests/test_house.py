@@ -17,7 +17,7 @@ ROOMS = [
     ["tree", "partition"],
     ["path", "ball", "losses"],
     ["objective"],
-    ["network", "data", "precision"],
+    ["network", "data", "precision", "provenance"],
     ["apgd", "curvature"],
     ["perturbation", "evaluate"],
     ["measures", "memory", "progress"],

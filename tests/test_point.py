@@ -114,6 +114,32 @@ def test_a_loss_that_is_linear_in_the_weights_has_product_zero():
     assert tree.norm(linear.product(tree.gaussian(linear.gradient, "v"))) == 0
 
 
+class Tied(nn.Module):
+    """One weight used by two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x.flatten(1))))))
+
+
+def test_a_tied_weight_is_one_tensor_whose_product_goes_through_both_uses():
+    torch.manual_seed(0)
+    fn, weights, names = objective(Tied().double().eval())
+    assert "second.weight" not in names
+    v = tree.gaussian({n: weights[n] for n in names}, "v")
+    ends = [
+        fn.gradient({n: w + s * 1e-5 * v[n] if n in v else w for n, w in weights.items()}, names)[1] for s in (1, -1)
+    ]
+    expected = tree.scaled(tree.axpy(-1, ends[1], ends[0]), 1 / 2e-5)
+    torch.testing.assert_close(
+        flat(Point(fn, weights, names).product(v), names), flat(expected, names), rtol=1e-6, atol=1e-8
+    )
+
+
 def layer_norm_loss():
     """The trap: forward mode through an affine LayerNorm."""
     net = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double().eval()

@@ -105,6 +105,10 @@ class AlwaysDropout(nn.Module):
         return nn.functional.dropout(x, training=True)
 
 
+def batch_statistics():
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, track_running_stats=False), nn.Linear(16, 3)).double().eval()
+
+
 def headless():
     return nn.Conv2d(1, 3, 2).double().eval()
 
@@ -134,6 +138,9 @@ BROKEN = {
     "labels": (lambda a, b: (a, b, [(X, Y + 7)]), DataError, r"labels 7\.\.9, the model has 3 outputs"),
     "nan": (lambda a, b: (a, b, [(spoiled(X), Y)]), MeasurementError, "the loss at the zero-shot end is nan"),
     "random": (lambda a, b: (with_dropout(a), with_dropout(b), loader()), MeasurementError, "random in evaluation"),
+    "batch norm": (
+        lambda a, b: (batch_statistics(), batch_statistics(), loader()), ModelError, "without running statistics",
+    ),
     "no logits": (lambda a, b: (headless(), headless(), loader()), ModelError, r"logits of shape \(n, classes\)"),
     "image size": (
         lambda a, b: (a, b, [(X[..., :2], Y)]), ModelError, r"inputs of shape \(1, 1, 4, 2\) torch.float64: mat1",
@@ -258,6 +265,28 @@ def test_a_finished_scan_is_not_measured_again_and_another_plan_is_refused(tmp_p
     with pytest.raises(UsageError, match="belongs to another scan: seed"):
         full_scan(tmp_path, seed=1)
     assert full_scan(tmp_path, seed=1, fresh=True).meta["seed"] == 1
+
+
+def test_precision_is_set_for_the_scan_recorded_and_given_back():
+    before = torch.get_float32_matmul_precision()
+    result = sharpscope.scan(*pair("mlp"), loader(), alphas=2, measures=["trace"], precision="high", progress=False)
+    assert result.meta["provenance"]["float32_matmul_precision"] == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_loss_can_be_chosen_and_is_part_of_the_plan(tmp_path):
+    a, b = pair("mlp")
+    plain, smooth, squared = (
+        sharpscope.scan(a, b, loader(), alphas=2, measures=["trace"], progress=False, **chosen).layers["value"]
+        for chosen in ({}, {"label_smoothing": 0.2}, {"loss": "squared_error"})
+    )
+    assert not np.allclose(plain, smooth)
+    assert not np.allclose(plain, squared)
+    sharpscope.scan(a, b, loader(), alphas=2, measures=["trace"], progress=False, out=tmp_path)
+    with pytest.raises(UsageError, match="belongs to another scan: loss"):
+        sharpscope.scan(
+            a, b, loader(), alphas=2, measures=["trace"], out=tmp_path, loss="squared_error", progress=False
+        )
 
 
 def test_open_gives_back_what_was_saved(tmp_path):
