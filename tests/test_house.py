@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 # From the ground up: a module may import what stands before it. Modules of one room stand together.
 ROOMS = [
     ["_version", "errors"],
-    ["table"],
+    ["table", "recipe"],
     ["journal"],
     ["stragglers"],
     ["tree", "partition"],
