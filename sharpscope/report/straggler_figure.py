@@ -15,7 +15,7 @@ from sharpscope.report.canvas import GRID, INK, MUTED, PAPER, SERIES, SHAPES, Lo
 from sharpscope.report.curves import depth_order, measures
 from sharpscope.report.words import layer_name, measure_name, shortened
 from sharpscope.result import ScanResult
-from sharpscope.stragglers.correlation import CO_MOVES
+from sharpscope.stragglers.wording import CO_MOVES
 
 ROWS = 60  # layers shown at most
 
