@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
+    from sharpscope.stragglers.cohort import across_models
 
 # No public function shares its name with a module: importing the module would shadow it.
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "SGDSPD": ("sharpscope.optim", "SGDSPD"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
+    "across_models": ("sharpscope.stragglers.cohort", "across_models"),
     "folder": ("sharpscope.folders", "folder"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
@@ -43,6 +45,7 @@ __all__ = [
     "ScanResult",
     "Split",
     "__version__",
+    "across_models",
     "folder",
     "layers",
     "load",
