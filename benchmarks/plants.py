@@ -1,0 +1,239 @@
+"""Planted stragglers, found end to end through ``sharpscope.scan``; see stragglers.py for the command.
+
+A small network is trained on data of two kinds (zero-shot) and then on one kind only (fine-tuned). Then a layer is made
+a straggler in one of three ways:
+
+* ``rescaled``: over eight fine-tunes, the layer is divided and the next one multiplied by a factor that grows with the
+  model's OOD error. No function changes; the sharpness of both layers follows the OOD error. Seen across models.
+* ``shuffled``: the layer alone is trained on with shuffled labels. Seen by an intervention.
+* ``noise``: noise as long as the layer's zero-shot weights is added to its delta. Seen by an intervention.
+
+The intervention moves each layer alone back to zero-shot. What the path's own correlation says is noted beside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import sharpscope
+from sharpscope.measures import Trace
+from sharpscope.result import ScanResult
+from sharpscope.stragglers.paired import Difference, difference, mean_difference
+from sharpscope.stragglers.wording import BEYOND, LEVEL
+
+DEPTH, WIDTH, CLASSES, FEATURES = 7, 24, 4, 10
+ALPHAS = 11
+MODELS = 8
+CONTROLS = 4
+STRENGTH = 1.5  # log factor of a rescaled pair per standard deviation of OOD error
+KINDS = ("rescaled", "shuffled", "noise")
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training data of both kinds, and held-out data: ID of the first kind, OOD of the second and of a third."""
+
+    broad: Batch
+    narrow: Batch
+    held_out: Batch
+    ood: dict[str, Batch]
+
+
+def task(seed: int) -> Task:
+    random = torch.Generator().manual_seed(seed)
+    centres = 1.3 * torch.randn(CLASSES, FEATURES, generator=random)
+    turn = torch.linalg.qr(torch.randn(FEATURES, FEATURES, generator=random))[0]
+
+    def draw(count: int, shift: float, noise: float) -> Batch:
+        labels = torch.arange(count) % CLASSES
+        moved = (1 - shift) * centres + shift * centres @ turn
+        return moved[labels] + noise * torch.randn(count, FEATURES, generator=random), labels
+
+    first, second = draw(160, 0, 1.0), draw(160, 0.6, 1.0)
+    broad = (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
+    ood = {"shifted": draw(300, 0.6, 1.0), "noisy": draw(300, 0.3, 1.6)}
+    return Task(broad, draw(160, 0, 1.0), draw(200, 0, 1.0), ood)
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    widths = [FEATURES, *[WIDTH] * (DEPTH - 1), CLASSES]
+    parts: list[nn.Module] = []
+    for size, next_size in pairwise(widths):
+        parts += [nn.Linear(size, next_size), nn.ReLU()]
+    model = nn.Sequential(*parts[:-1])
+    for layer in linear(model):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return model
+
+
+def linear(model: nn.Sequential) -> list[nn.Linear]:
+    return [part for part in model if isinstance(part, nn.Linear)]
+
+
+def names(model: nn.Sequential) -> list[str]:
+    """Layer ids as the scan names them, in depth order."""
+    return [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
+
+
+def trained(start: nn.Sequential, data: Batch, steps: int, rate: float, only: int | None = None) -> nn.Sequential:
+    """A copy trained on from ``start``, all layers or only one."""
+    model = network(0)
+    model.load_state_dict(start.state_dict())
+    chosen = model if only is None else linear(model)[only]
+    optimiser = torch.optim.Adam(chosen.parameters(), lr=rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        cross_entropy(model(data[0]), data[1]).backward()
+        optimiser.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def rescaled(model: nn.Sequential, place: int, factor: float) -> nn.Sequential:
+    """The same function with a layer divided by the factor and the next one multiplied."""
+    first, second = linear(model)[place : place + 2]
+    first.weight /= factor
+    first.bias /= factor
+    second.weight *= factor
+    return model
+
+
+@torch.no_grad()
+def noisy(model: nn.Sequential, start: nn.Sequential, place: int, seed: int) -> nn.Sequential:
+    """The model with noise added to the layer's delta, as long as the layer's weights were at zero-shot."""
+    weight, before = linear(model)[place].weight, linear(start)[place].weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight += noise * (before.norm() / noise.norm())
+    return model
+
+
+@torch.no_grad()
+def correct(model: nn.Module, batch: Batch) -> np.ndarray:
+    return (model(batch[0]).argmax(1) == batch[1]).numpy()
+
+
+def scan(start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int) -> ScanResult:
+    return sharpscope.scan(
+        start, end, [data.held_out], ood={name: [batch] for name, batch in data.ood.items()},
+        alphas=alphas, measures=[Trace(relative=0.4)], limit=64, seed=seed, progress=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was planted and what was said of it: ``found``, ``first``; and along the path of a single model."""
+
+    kind: str
+    seed: int
+    place: int
+    found: bool
+    first: bool
+    others_flagged: int
+    co_moves: bool
+    beyond_null: bool
+    others_beyond_null: int
+
+
+def trial(kind: str, seed: int) -> Trial:
+    """Plant, scan, judge; one of :data:`KINDS`."""
+    data = task(seed)
+    start = trained(network(seed), data.broad, 150, 3e-3)
+    place = int(np.random.default_rng(seed).integers(1, DEPTH - 2))  # an inner layer with a next one
+    if kind == "rescaled":
+        return _rescaled_trial(seed, data, start, place)
+    end = trained(start, data.narrow, 80, 3e-3)
+    if kind == "noise":
+        noisy(end, start, place, seed)
+    else:
+        shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
+        end = trained(end, (data.narrow[0], shuffled), 40, 5e-3, only=place)
+    effects = interventions(start, end, data, seed)
+    flagged = [name for name, effect in effects.items() if effect > 0]
+    own = names(start)[place]
+    return Trial(
+        kind, seed, place,
+        found=own in flagged,
+        first=own in flagged and max(effects, key=lambda name: effects[name]) == own,
+        others_flagged=len(set(flagged) - {own}),
+        **_path_words(scan(start, end, data, ALPHAS, seed), {own}),
+    )  # fmt: skip
+
+
+def _path_words(result: ScanResult, own: set[str]) -> dict[str, Any]:
+    table = result.stragglers
+    mine = table["layer"].isin(own)
+    beyond = table["verdict"].eq(BEYOND)
+    return {
+        "co_moves": bool((mine & table["verdict"].isin(["co-moves", BEYOND])).any()),
+        "beyond_null": bool((mine & beyond).any()),
+        "others_beyond_null": int((~mine & beyond).sum()),
+    }
+
+
+def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int) -> Trial:
+    random = np.random.default_rng([seed, 1])
+    models = []
+    for number in range(MODELS):
+        chosen = torch.from_numpy(random.integers(0, 160, 120))
+        narrow = (data.narrow[0][chosen], data.narrow[1][chosen])
+        models.append(trained(start, narrow, 10 + 10 * number, 3e-3))
+    errors = np.array([np.mean([1 - correct(m, batch).mean() for batch in data.ood.values()]) for m in models])
+    strength = (errors - errors.mean()) / errors.std()
+    ends = [rescaled(m, place, float(np.exp(STRENGTH * s))) for m, s in zip(models, strength, strict=True)]
+    results = [scan(start, end, data, [1], seed) for end in ends]
+    table = sharpscope.across_models(results, at=1, measure="trace", seed=seed)
+    layers = table[(table["kind"] == "layer") & (table["target"] == "OOD accuracy") & (table["given"] == "")]
+    flagged = set(layers.loc[layers["p_family"] <= LEVEL, "predictor"])
+    own = set(names(start)[place : place + 2])
+    first = layers.loc[layers["tau"].abs().idxmax(), "predictor"]
+    along = _path_words(scan(start, ends[-1], data, ALPHAS, seed), own)
+    return Trial(
+        "rescaled", seed, place, bool(flagged & own), bool(flagged & own) and first in own, len(flagged - own), **along
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def interventions(start: nn.Sequential, end: nn.Sequential, data: Task, seed: int) -> dict[str, float]:
+    """Gain in mean OOD accuracy from moving each layer alone back to zero-shot, by layer; 0 unless it is supported.
+
+    Supported: the paired 95 % intervals of the gain, and of the gain over that of random moves as long, lie above 0.
+    """
+    before = {name: correct(end, batch) for name, batch in data.ood.items()}
+    weights, origin = end.state_dict(), start.state_dict()
+    random = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer in names(end):
+        own = [name for name in weights if name.startswith(f"{layer}.")]
+        gain = _paired(_answers(end, {name: origin[name] for name in own}, data), before)
+        controls = []
+        for _ in range(CONTROLS):
+            moved = {name: weights[name] + _random_move(origin[name] - weights[name], random) for name in own}
+            controls.append(_answers(end, moved, data))
+        middle = {name: np.mean([control[name] for control in controls], axis=0) for name in before}
+        over = _paired(_answers(end, {name: origin[name] for name in own}, data), middle)
+        found[layer] = gain.value if gain.sign > 0 and over.sign > 0 else 0.0
+    return found
+
+
+def _answers(model: nn.Sequential, changed: dict[str, Tensor], data: Task) -> dict[str, np.ndarray]:
+    other = network(0)
+    other.load_state_dict({**model.state_dict(), **changed})
+    return {name: correct(other, batch) for name, batch in data.ood.items()}
+
+
+def _paired(after: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> Difference:
+    return mean_difference([difference(after[name], before[name]) for name in before])
+
+
+def _random_move(delta: Tensor, random: torch.Generator) -> Tensor:
+    direction = torch.randn(delta.shape, generator=random)
+    return direction * (delta.norm() / direction.norm())
