@@ -108,11 +108,11 @@ def rescaled(model: nn.Sequential, place: int, factor: float) -> nn.Sequential:
 
 
 @torch.no_grad()
-def noisy(model: nn.Sequential, start: nn.Sequential, place: int, seed: int) -> nn.Sequential:
-    """The model with noise added to the layer's delta, as long as the layer's weights were at zero-shot."""
+def noisy(model: nn.Sequential, start: nn.Sequential, place: int, seed: int, length: float = 1) -> nn.Sequential:
+    """The model with noise added to the layer's delta, in units of the norm of the layer's weights at zero-shot."""
     weight, before = linear(model)[place].weight, linear(start)[place].weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    weight += noise * (before.norm() / noise.norm())
+    weight += noise * (length * before.norm() / noise.norm())
     return model
 
 
@@ -143,19 +143,19 @@ class Trial:
     others_beyond_null: int
 
 
-def trial(kind: str, seed: int) -> Trial:
-    """Plant, scan, judge; one of :data:`KINDS`."""
+def trial(kind: str, seed: int, strength: float = 1) -> Trial:
+    """Plant one of :data:`KINDS`, scan, judge. Strength multiplies log factor, steps on shuffled labels or noise."""
     data = task(seed)
     start = trained(network(seed), data.broad, 150, 3e-3)
     place = int(np.random.default_rng(seed).integers(1, DEPTH - 2))  # an inner layer with a next one
     if kind == "rescaled":
-        return _rescaled_trial(seed, data, start, place)
+        return _rescaled_trial(seed, data, start, place, STRENGTH * strength)
     end = trained(start, data.narrow, 80, 3e-3)
     if kind == "noise":
-        noisy(end, start, place, seed)
+        noisy(end, start, place, seed, strength)
     else:
         shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
-        end = trained(end, (data.narrow[0], shuffled), 40, 5e-3, only=place)
+        end = trained(end, (data.narrow[0], shuffled), round(40 * strength), 5e-3, only=place)
     effects = interventions(start, end, data, seed)
     flagged = [name for name, effect in effects.items() if effect > 0]
     own = names(start)[place]
@@ -179,7 +179,7 @@ def _path_words(result: ScanResult, own: set[str]) -> dict[str, Any]:
     }
 
 
-def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int) -> Trial:
+def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int, strength: float) -> Trial:
     random = np.random.default_rng([seed, 1])
     models = []
     for number in range(MODELS):
@@ -187,8 +187,8 @@ def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int) -> 
         narrow = (data.narrow[0][chosen], data.narrow[1][chosen])
         models.append(trained(start, narrow, 10 + 10 * number, 3e-3))
     errors = np.array([np.mean([1 - correct(m, batch).mean() for batch in data.ood.values()]) for m in models])
-    strength = (errors - errors.mean()) / errors.std()
-    ends = [rescaled(m, place, float(np.exp(STRENGTH * s))) for m, s in zip(models, strength, strict=True)]
+    standing = (errors - errors.mean()) / errors.std()
+    ends = [rescaled(m, place, float(np.exp(strength * s))) for m, s in zip(models, standing, strict=True)]
     results = [scan(start, end, data, [1], seed) for end in ends]
     table = sharpscope.across_models(results, at=1, measure="trace", seed=seed)
     layers = table[(table["kind"] == "layer") & (table["target"] == "OOD accuracy") & (table["given"] == "")]
