@@ -139,7 +139,8 @@ def scan(
     limit
         Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
     batch_size
-        Examples whose gradient graph is built at once; bounds memory, changes no number beyond rounding.
+        Examples whose gradient graph is built at once; bounds memory. Each batch gets trace probes of its own, so small
+        batches need fewer of them; other numbers change by rounding only.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
     seed
@@ -166,7 +167,7 @@ def scan(
 
     Notes
     -----
-    Cost for a network of L layers: about 60 to 200 gradients over ``limit`` images per alpha with the default
+    Cost for a network of L layers: some 50 to 150 gradients over ``limit`` images per alpha with the default
     measures, plus one forward over all data sets.
     """
     started = time.monotonic()
