@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
-from sharpscope.data import as_batch
+from sharpscope.batches import as_batch
 from sharpscope.errors import DataError, ModelError
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
