@@ -48,7 +48,26 @@ def read_classnames(source: ClassNames, folders: Sequence[str], *, partial: bool
     return {folder: found[folder] for folder in folders if folder in found}
 
 
-def _from_file(path: Path, folders: Sequence[str]) -> Mapping[str, str]:
+def read_label_names(source: ClassNames) -> dict[str, str]:
+    """Return the words of each class number, as text, in the order of the numbers.
+
+    Parameters
+    ----------
+    source
+        Number -> words; or a JSON, CSV or TSV file of that, or a text file with a line per class from 0 on.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing or of another form.
+    """
+    found = source if isinstance(source, Mapping) else _from_file(Path(source), None)
+    if odd := next((label for label in found if not str(label).isdigit()), None):
+        raise UsageError(f"the class names have {odd!r} in the place of a class number", 'e.g. {"0": "tench"}')
+    return {str(label): found[label] for label in sorted(found, key=int)}
+
+
+def _from_file(path: Path, folders: Sequence[str] | None) -> Mapping[str, str]:
     if not path.is_file():
         raise UsageError(f"there is no file of class names at {path}", _FORMS)
     text = path.read_text(encoding="utf-8-sig")
@@ -61,6 +80,8 @@ def _from_file(path: Path, folders: Sequence[str]) -> Mapping[str, str]:
         return _from_pairs(path, [line.split("\t") for line in lines])
     if lines and all(_WNID.match(line) for line in lines):
         return _from_pairs(path, [line.split(maxsplit=1) for line in lines])
+    if folders is None:
+        return {str(number): line for number, line in enumerate(lines)}
     return _from_lines(path, lines, folders)
 
 

@@ -111,8 +111,8 @@ class Split:
         """Keep a batch while all so far fit."""
         if size > CACHE_BYTES and loaders.is_one_shot(self._loader):
             raise DataError(
-                f"{self.name!r} is a {type(self._loader).__name__}, which can be read once only, and holds more than the "
-                f"{CACHE_BYTES / 2**30:.3g} GB that are kept in memory",
+                f"{self.name!r} is a {type(self._loader).__name__}, which can be read once only, and holds more than "
+                f"the {CACHE_BYTES / 2**30:.3g} GB that are kept in memory",
                 "a loader that can be read again: a DataLoader, or an object with __iter__",
             )
         if size > CACHE_BYTES:
@@ -232,6 +232,6 @@ def stratified(targets: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
     return np.asarray(random.permutation(chosen))
 
 
-def as_split(loader: Any, name: str) -> Split:
+def as_split(loader: Any, name: str, *, progress: bool | None = None) -> Split:
     """Return the loader as a split, unchanged if it is one."""
-    return loader if isinstance(loader, Split) else Split(loader, name)
+    return loader if isinstance(loader, Split) else Split(loader, name, progress=progress)

@@ -58,7 +58,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     white = 1.0 if values.dtype.kind == "f" else 65535.0
     low, high = float(values.min()), float(values.max())
-    if not (0 <= low and high <= white):
+    if not (low >= 0 and high <= white):
         raise ValueError(f"greyscale of {values.dtype} from {low:g} to {high:g}, where 0 to {white:g} can be scaled")
     return np.asarray((values * (255 / white)).round(), dtype=np.uint8)
 

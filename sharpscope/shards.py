@@ -11,6 +11,7 @@ from sharpscope.pictures import SUFFIXES
 
 LABEL = "cls"
 _BLOCK = 512
+_TAIL = 1 << 20  # bytes that are looked at after the last member
 
 
 class Sample(NamedTuple):
@@ -44,12 +45,16 @@ def read_shard(path: Path) -> list[Sample]:
                 members[key][kind] = member
                 if kind == LABEL:
                     labels[key] = archive.extractfile(member).read()  # type: ignore[union-attr]
-            end = archive.members[-1] if archive.members else None
+            last = archive.getmembers()[-1:]
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} is truncated or no tar archive: {error}", "copy it anew; unpack .tar.gz first") from error
+        raise DataError(
+            f"{path} is truncated or no tar archive: {error}", "copy it anew; unpack .tar.gz first"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}", "check the file and its permissions") from error
-    _check_end(path, 0 if end is None else end.offset_data + -(-end.size // _BLOCK) * _BLOCK)
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", "check the file and its permissions"
+        ) from error
+    _check_end(path, max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in last), default=0))
     return [_sample(path, key, found, labels) for key, found in members.items()]
 
 
@@ -65,13 +70,15 @@ def _check_end(path: Path, end: int) -> None:
     """Raise unless zeros follow the last member, as tar's end mark; without it members may be missing."""
     with path.open("rb") as file:
         file.seek(end)
-        rest = file.read()
+        rest = file.read(_TAIL)
     if len(rest) < _BLOCK:
         raise DataError(f"{path} is truncated: it ends at byte {end + len(rest)} without an end mark", "copy it anew")
     if any(rest[:_BLOCK]):
         raise DataError(f"{path} is damaged at byte {end}: no member begins there", "copy it anew")
     if any(rest):
-        raise DataError(f"{path} goes on after its end mark, e.g. as two archives put together do", "one archive a file")
+        raise DataError(
+            f"{path} goes on after its end mark, e.g. as two archives put together do", "one archive a file"
+        )
 
 
 def _sample(path: Path, key: str, found: dict[str, tarfile.TarInfo], labels: dict[str, bytes]) -> Sample:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sharpscope.classnames import ClassNames, read_classnames
+from sharpscope.classnames import ClassNames, read_label_names
 from sharpscope.collection import Collection
 from sharpscope.errors import DataError, UsageError
 from sharpscope.pictures import Picture
@@ -96,10 +96,8 @@ def _directory(root: Path) -> Archive:
     splits = sorted({shard.parent.name for shard in root.glob("*/*.tar")})
     if not splits:
         packed = next(root.rglob("*.t*gz"), None)
-        raise DataError(
-            f"{root} holds no .tar file" + (f", but {packed.name}: packed archives cannot be read in place" * bool(packed) if packed else ""),
-            "gunzip it" if packed else _LAYOUT,
-        )
+        but = f", but {packed.name}: a packed archive cannot be read in place" if packed else ""
+        raise DataError(f"{root} holds no .tar file{but}", "gunzip it" if packed else _LAYOUT)
     if len(splits) > 1 and DEFAULT_SPLIT not in splits:
         raise UsageError(f"{root} holds the splits {', '.join(splits)}", f"one of them: wds:{root / splits[0]}")
     chosen = DEFAULT_SPLIT if DEFAULT_SPLIT in splits else splits[0]
@@ -202,11 +200,7 @@ def label_words(found: Archive, classnames: ClassNames | None) -> dict[str, str]
             f"there is no {CLASSNAMES} beside {found.shards[0]} or one folder above",
             "write it, a line per class in the order of labels; or --classnames FILE",
         )
-    if isinstance(source, str | Path) and Path(source).suffix == ".txt" and Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
-        return {str(label): word.strip() for label, word in enumerate(lines) if word.strip()}
-    numbers = [str(label) for label in range(len(source) if not isinstance(source, str | Path) else 0)]
-    return read_classnames(source, numbers)
+    return read_label_names(source)
 
 
 def archive_templates(place: str | Path) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sharpscope"
 # From the ground up: a module may import what stands before it. Modules of one room stand together.
 ROOMS = [
-    ["_version", "errors"],
+    ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
     ["journal"],
     ["stragglers"],
@@ -22,7 +22,7 @@ ROOMS = [
     ["perturbation", "evaluate"],
     ["measures", "memory"],
     ["models", "optim"],
-    ["pictures", "collection", "folders", "webdataset", "rows", "sources", "finetune"],
+    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune"],
     ["plan"],
     ["report", "summary", "result"],
     ["scanner"],
