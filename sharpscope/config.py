@@ -25,10 +25,10 @@ class Settings(BaseModel):
 
     zero_shot: str = Field(description="the zero-shot CLIP: a directory or hub id")
     fine_tuned: str = Field(description="its fine-tuned self")
-    id: str = Field(description="in-distribution images, a folder per class")
-    ood: dict[str, str] = Field(default={}, description="name -> folder of each out-of-distribution set")
+    id: str = Field(description="in-distribution images: a folder per class, wds:DIR, py:module:name")
+    ood: dict[str, str] = Field(default={}, description="name -> images of each out-of-distribution set")
     sharpness_on: str | None = Field(default=None, description="images that sharpness is measured on")
-    classnames: str | None = Field(default=None, description="words of each class folder")
+    classnames: str | None = Field(default=None, description="words of each class folder or label")
     templates: str | None = Field(default=None, description="sentences that class names are put into")
     subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
     measures: tuple[str, ...] = Field(default=DEFAULT, description="what is measured")

@@ -156,6 +156,12 @@ class Split:
         """Yield the batches in their order; ``DataError`` if they differ from those of the first pass."""
         return self._again() if self._cache is None else map(self._numbered, self._cache)
 
+    def named(self, name: str) -> Split:
+        """Return these data under another name."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
     def numbered_as(self, classes: Sequence[str] | None) -> Split:
         """Return these data with the labels of other classes, matched by name; the same if there is nothing to match.
 

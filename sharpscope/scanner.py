@@ -183,7 +183,10 @@ def scan(
         precision=precision,
     )
     id_split = as_split(loader, "id", progress=progress)
-    ood_splits = [as_split(d, name, progress=progress).numbered_as(id_split.classes) for name, d in (ood or {}).items()]
+    ood_splits = [
+        as_split(data, name, progress=progress).named(name).numbered_as(id_split.classes)
+        for name, data in (ood or {}).items()
+    ]
     curvature = id_split
     if sharpness_on is not None:
         curvature = as_split(sharpness_on, "sharpness", progress=progress).numbered_as(id_split.classes)

@@ -86,11 +86,11 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):
         return table_collection(source, name, classnames).split(model, choice)
-    return _loader(source, name or "data", choice)
+    return _loader(source, name or getattr(source, "name", None) or "data", choice)
 
 
 def _loader(loader: Any, name: str, choice: Choice) -> Split:
     """Return ready batches as a split, their classes matched by name where they have names."""
     if choice.limit is not None:
         raise UsageError(f"{name!r} is a loader: limit={choice.limit} chooses among pictures", "choose in the loader")
-    return as_split(loader, name, progress=choice.progress).numbered_as(choice.classes)
+    return as_split(loader, name, progress=choice.progress).named(name).numbered_as(choice.classes)
