@@ -70,7 +70,7 @@ def read_label_names(source: ClassNames) -> dict[str, str]:
 def _from_file(path: Path, folders: Sequence[str] | None) -> Mapping[str, str]:
     if not path.is_file():
         raise UsageError(f"there is no file of class names at {path}", _FORMS)
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     if path.suffix == ".json":
         return _from_json(path, text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -83,6 +83,13 @@ def _from_file(path: Path, folders: Sequence[str] | None) -> Mapping[str, str]:
     if folders is None:
         return {str(number): line for number, line in enumerate(lines)}
     return _from_lines(path, lines, folders)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8: {error}", "iconv -t utf-8") from error
 
 
 def _from_json(path: Path, text: str) -> dict[str, str]:

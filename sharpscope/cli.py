@@ -120,6 +120,7 @@ def report(
     limit: Annotated[
         str | None, typer.Option(metavar="N|all", help="Most images that sharpness is measured on.")
     ] = None,
+    images: Annotated[int | None, typer.Option(metavar="N", help="Most images of each set.  [default: all]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
     granularity: Granular = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,

@@ -35,6 +35,7 @@ class Settings(BaseModel):
     tolerance: float = Field(default=1.0, gt=0, description="times the usual target errors: 2 is coarser and quicker")
     alphas: int | tuple[float, ...] = Field(default=11, description="number of points, or the points")
     limit: int | None = Field(default=256, description="most images that sharpness is measured on")
+    images: int | None = Field(default=None, ge=1, description="most images of each set, drawn by class; default all")
     batch_size: int = Field(default=64, description="images whose gradient graph is built at once")
     granularity: Granularity = Field(default="block", description="what a layer is")
     device: str | None = Field(default=None, description="where to compute")

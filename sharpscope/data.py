@@ -46,7 +46,7 @@ class Split:
         Class numbers (n,).
     fingerprint
         SHA-256 of all inputs as the model gets them, and labels; the same for any batching. It changes with the
-        preprocessing too. Cost: the first reading, with about a second per 4 GB on top.
+        preprocessing too. Cost: the first reading, with about a second per GB on top.
 
     Raises
     ------
@@ -165,6 +165,8 @@ class Split:
     def numbered_as(self, classes: Sequence[str] | None) -> Split:
         """Return these data with the labels of other classes, matched by name; the same if there is nothing to match.
 
+        Classes that the other data have and these do not list are masked.
+
         Raises
         ------
         DataError
@@ -172,9 +174,11 @@ class Split:
         """
         if classes is None or self.classes is None or self.classes == tuple(classes):
             return self
-        occurring = sorted(set(self.targets.tolist())) if self.columns is None else self.columns
         self.check_labels(len(self.classes))
-        words = {str(number): self.classes[number] for number in occurring}
+        listed = range(len(self.classes)) if self.columns is None else self.columns
+        occurring = set(self.targets.tolist())
+        wanted = (number for number in listed if number in occurring or self.classes[number] in classes)
+        words = {str(number): self.classes[number] for number in wanted}
         found, said = numbering(self.name, words, classes, what="label")
         other = copy.copy(self)
         other._numbers = torch.full((len(self.classes),), -1)

@@ -54,10 +54,10 @@ def class_folders(path: str | Path) -> Listing:
         raise UsageError(f"there is no directory {root}", _LAYOUT)
     try:
         return _checked(root, _listing(root))
-    except PermissionError as error:
+    except OSError as error:
         raise DataError(
-            f"{error.filename or root} cannot be read: permission denied", "chmod, or another user"
-        ) from None
+            f"{error.filename or root} cannot be read: {error.strerror or error}", "check the permissions and the disk"
+        ) from error
 
 
 def _listing(root: Path) -> Listing:
@@ -81,7 +81,7 @@ def _files(folder: Path, above: list[Path]) -> Iterator[Path]:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir()):
                 yield from _files(Path(entry.path), [*above, here])
             else:
                 yield Path(entry.path)

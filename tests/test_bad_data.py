@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -113,7 +114,7 @@ FOLDERS = {
         "ood holds 6 images but no class folders: accuracy and loss are measured, which need",
     ),
     "no folder": (lambda root: shutil.rmtree(root / "ood"), 2, "there is no directory ood"),
-    "unreadable folder": (locked, 3, "ood/red cannot be read: permission denied"),
+    "unreadable folder": (locked, 3, "ood/red cannot be read: Permission denied"),
     "float of unknown white": (
         lambda root: Image.fromarray(np.full((20, 20), 7.5, np.float32)).save(root / "id/red/0002.tif"),
         3,
@@ -202,8 +203,6 @@ def test_webdatasets_folders_and_factories_are_measured_on_together(models, worl
     code, err = report(models, capsys, "wds:wds", "wds:wds/test/1.tar", *more)
     assert code == 0, err
     assert "the ID webdataset brings 2 templates, which are used" in err
-    import json
-
     facts = json.loads((world / "out" / "scan.json").read_text())["splits"]
     assert {name: (fact["n"], fact["columns"]) for name, fact in facts.items()} == {
         "id": (5, None),
@@ -247,3 +246,27 @@ def test_a_fault_inside_a_factory_is_the_users_own(world):
     (world / "loads.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
         made("py:loads:ood")
+
+
+def test_images_bounds_every_set_and_is_even_over_classes(models, world, capsys):
+    archives.webdataset(world / "wds", {"test/0": [0, 1, 2, 2], "test/1": [2, 1, 2, 2]}, CLASSES)
+    code, err = report(models, capsys, "wds:wds", "ood", "--images", 3)
+    assert code == 0, err
+    facts = json.loads((world / "out" / "scan.json").read_text())["splits"]
+    assert {name: fact["n"] for name, fact in facts.items()} == {"id": 3, "ood": 3}
+    assert "images = 3" in (world / "out" / "config.resolved.toml").read_text()
+    assert report(models, capsys, "id", "ood", "--images", 0)[0] == 2
+
+
+def test_one_map_of_class_names_serves_folders_of_more_and_fewer_classes(models, world, capsys):
+    for place in ("id", "ood"):
+        for i, name in enumerate(CLASSES):
+            (world / place / name).rename(world / place / f"n{i}")
+    clips.images(world / "ood", ("n9",))
+    (world / "map.csv").write_text("".join(f"n{i},{name}\n" for i, name in enumerate(CLASSES)))
+    code, err = report(models, capsys, "id", "ood", "--classnames", "map.csv")
+    assert (code, "no words for folder 'n9'" in err) == (2, True), err
+    code, err = report(models, capsys, "id", "ood", "--classnames", "map.csv", "--subset")
+    assert code == 0, err
+    assert "warning: ood: 1 folders have no class name and are left out (n9)" in err
+    assert json.loads((world / "out" / "scan.json").read_text())["splits"]["ood"]["classes"] == list(CLASSES)

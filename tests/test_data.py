@@ -209,7 +209,7 @@ def test_class_names_are_those_of_the_data_set_inside_a_loader():
 def test_labels_of_another_order_of_classes_are_mapped_by_name(monkeypatch, memory):
     monkeypatch.setattr(data, "CACHE_BYTES", memory)
     id_classes = ("ape", "bee", "cat", "dog")
-    split = Split(DataLoader(named(["dog", "bee", "fox"], [1, 0, 0, 1]), batch_size=3), "sketch", columns=[0, 1])
+    split = Split(DataLoader(named(["dog", "bee", "fox"], [1, 0, 0, 1]), batch_size=3), "sketch")
     there = split.numbered_as(id_classes)
     assert there.targets.tolist() == torch.cat([b.targets for b in there]).tolist() == [1, 3, 3, 1]
     for inputs, targets in [*there, *there.sample(None, seed=0, batch_size=4)]:
@@ -218,6 +218,14 @@ def test_labels_of_another_order_of_classes_are_mapped_by_name(monkeypatch, memo
     assert split.targets.tolist() == [1, 0, 0, 1]
     assert there.fingerprint != split.fingerprint
     assert split.numbered_as(None) is split.numbered_as(["dog", "bee", "fox"]) is split
+
+
+def test_classes_in_another_order_mask_nothing_and_a_list_of_fewer_masks_the_others():
+    turned = Split(DataLoader(named(["cat", "bee", "ape"], [1, 0]), batch_size=2), "turned")
+    assert turned.numbered_as(["ape", "bee", "cat"]).columns is None
+    assert turned.numbered_as(["ape", "bee", "cat", "dog"]).columns == (0, 1, 2)
+    narrow = Split(DataLoader(named(["cat", "bee", "ape"], [1, 0]), batch_size=2), "narrow", columns=[0, 1])
+    assert narrow.numbered_as(["ape", "bee", "cat"]).columns == (1, 2)
 
 
 def test_a_loader_with_a_class_that_the_id_data_lack_is_refused_by_name():

@@ -118,12 +118,13 @@ def test_folders_are_mapped_by_their_words_not_by_their_names(data, tmp_path):
         ),
         ("{", ".json", "is no JSON"),
         (None, ".txt", "no file of class names at"),
+        ("ape\nbee\ncaf\udce9\n", ".txt", "is no text in UTF-8: .*byte 0xe9"),
     ],
 )
 def test_class_names_that_cannot_be_meant_are_refused(data, tmp_path, content, suffix, said):
     file = tmp_path / f"names{suffix}"
     if content is not None:
-        file.write_text(content)
+        file.write_text(content, errors="surrogateescape")
     with pytest.raises(UsageError, match=said):
         folder(data, mean_color, classnames=file)
 
@@ -303,6 +304,7 @@ def test_links_are_followed_but_not_in_circles_and_a_broken_one_is_an_unreadable
     (tmp_path / "id" / "ape" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "id" / "ape" / "up").symlink_to(tmp_path / "id")
+    (tmp_path / "id" / "ape" / "itself").symlink_to(tmp_path / "id" / "ape" / "itself")
     (tmp_path / "id" / "bee").symlink_to(tmp_path / "elsewhere")
     found = class_folders(tmp_path / "id").images
     assert {name: [path.name for path in paths] for name, paths in found.items()} == {
@@ -351,7 +353,7 @@ def test_an_unreadable_folder_ends_in_a_sentence(data, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(DataError, match=r"ape cannot be read: permission denied"):
+    with pytest.raises(DataError, match=r"ape cannot be read: Permission denied"):
         folder(data, mean_color)
 
 

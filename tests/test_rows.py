@@ -8,6 +8,7 @@ import archives
 import numpy as np
 import pytest
 import torch
+from optional import needs
 from PIL import Image
 
 import sharpscope
@@ -149,7 +150,7 @@ def test_a_stream_is_kept_encoded_up_to_a_limit(monkeypatch):
 
 @pytest.fixture
 def library():
-    return pytest.importorskip("datasets")
+    return needs("datasets")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import archives
 import numpy as np
 import pytest
 import torch
+from optional import needs
 
 import sharpscope
 from sharpscope.errors import DataError, UsageError
@@ -46,7 +47,7 @@ def test_every_sample_comes_once_in_the_order_of_shards_with_the_names_of_its_la
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the library leaves its files open
 def test_it_agrees_with_the_webdataset_library(root):
-    library = pytest.importorskip("webdataset")
+    library = needs("webdataset")
     urls = [str(root / f"{name}.tar") for name in LABELS]
     pairs = library.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("webp", "cls")
     expected = [(int(shade(image)), label) for image, label in pairs]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,20 +43,19 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     templates = _templates(chosen)
     id_names, names = _classnames(chosen)
     zero_shot = load(chosen.zero_shot, templates=templates)
-    id_split = images(chosen.id, zero_shot, name="id", classnames=id_names, progress=progress)
+    read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
+    id_split = read(chosen.id, name="id", classnames=id_names)
 
-    def read(place: str, name: str, classes: Sequence[str] | None) -> Split:
+    def read_other(place: str, name: str) -> Split:
         own = names if is_folder(place) else None
-        return images(
-            place, zero_shot, name=name, classes=classes, classnames=own, subset=chosen.subset, progress=progress
-        )
+        return read(place, name=name, classes=id_split.classes, classnames=own, subset=chosen.subset)
 
     return Material(
         zero_shot=zero_shot,
         fine_tuned=load(chosen.fine_tuned, templates=templates),
         id=id_split,
-        ood={name: read(place, name, id_split.classes) for name, place in chosen.ood.items()},
-        sharpness_on=read(chosen.sharpness_on, "sharpness", id_split.classes) if chosen.sharpness_on else None,
+        ood={name: read_other(place, name) for name, place in chosen.ood.items()},
+        sharpness_on=read_other(chosen.sharpness_on, "sharpness") if chosen.sharpness_on else None,
     )
 
 
