@@ -19,7 +19,7 @@ from sharpscope.objective import Batch
 from sharpscope.progress import reading
 
 CACHE_BYTES = 2 << 30  # a loader that gives less than this is read once and kept
-LOOKED_AT_TWICE = 2  # batches that are read again at once, to see whether they are the same
+LOOKED_AT_TWICE = 32  # examples that are read again at once, to see whether they are the same
 
 
 class Split:
@@ -122,9 +122,10 @@ class Split:
 
     def _second_look(self) -> None:
         """Read the first batches again: shuffling and random augmentation show at once, kept in memory or not."""
-        if not loaders.is_one_shot(self._loader):
-            for _ in zip(range(LOOKED_AT_TWICE), self._again(), strict=False):
-                pass
+        seen = len(self) if loaders.is_one_shot(self._loader) else 0
+        again = self._again()
+        while seen < min(LOOKED_AT_TWICE, len(self)):
+            seen += len(next(again).targets)
 
     def _again(self) -> Iterator[Batch]:
         """Yield the batches anew; ``DataError`` where they differ from those of the first pass."""

@@ -149,6 +149,11 @@ def test_a_loader_that_ends_early_the_second_time_is_refused(monkeypatch):
         list(split)
 
 
+def test_a_loader_that_is_empty_the_second_time_is_refused_at_once():
+    with pytest.raises(DataError, match="gave 10 examples when it was first read, now 0"):
+        Split(Restless(lambda reading: [] if reading else [(X, Y)]), "id")
+
+
 def test_a_generator_is_kept_and_this_is_said_but_an_empty_or_huge_one_is_refused(monkeypatch):
     generator = ((X, Y) for _ in range(2))
     split = Split(generator, "id")
