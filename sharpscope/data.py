@@ -158,7 +158,9 @@ class Split:
         return self._again() if self._cache is None else map(self._numbered, self._cache)
 
     def named(self, name: str) -> Split:
-        """Return these data under another name."""
+        """Return these data under another name; the same if it is theirs."""
+        if name == self.name:
+            return self
         other = copy.copy(self)
         other.name = name
         return other

@@ -67,6 +67,14 @@ def test_a_split_goes_by_the_name_that_the_scan_gives_it():
     assert set(result.evals["split"]) == {"id", "sketch"}
 
 
+def test_an_ood_set_that_sharpness_is_measured_on_stays_an_ood_set():
+    models = torch.nn.Linear(2, 3).eval(), torch.nn.Linear(2, 3).eval()
+    sketch = Split([(X, Y)], "sketch")
+    options = {"ood": {"sketch": sketch}, "sharpness_on": sketch, "alphas": 2, "measures": [], "progress": False}
+    facts = sharpscope.scan(*models, [(X, Y)], **options).meta["splits"]
+    assert {name: fact["role"] for name, fact in facts.items()} == {"id": "id", "sketch": "ood"}
+
+
 def test_an_ood_set_that_the_model_cannot_take_is_refused_before_anything_is_written(tmp_path):
     models = torch.nn.Linear(2, 3).eval(), torch.nn.Linear(2, 3).eval()
     with pytest.raises(
