@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
+    from sharpscope.sources import images
 
 # No public function shares its name with a module: importing the module would shadow it.
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
     "folder": ("sharpscope.folders", "folder"),
+    "images": ("sharpscope.sources", "images"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
     "open": ("sharpscope.result", "open_result"),
@@ -44,6 +46,7 @@ __all__ = [
     "Split",
     "__version__",
     "folder",
+    "images",
     "layers",
     "load",
     "open",

@@ -183,9 +183,14 @@ def scan(
         label_smoothing=label_smoothing,
         precision=precision,
     )
-    id_split = as_split(loader, "id")
-    ood_splits = [as_split(data, name) for name, data in (ood or {}).items()]
-    curvature = id_split if sharpness_on is None else as_split(sharpness_on, "sharpness")
+    id_split = as_split(loader, "id", progress=progress)
+    ood_splits = [
+        as_split(data, name, progress=progress).named(name).numbered_as(id_split.classes)
+        for name, data in (ood or {}).items()
+    ]
+    curvature = id_split
+    if sharpness_on is not None:
+        curvature = as_split(sharpness_on, "sharpness", progress=progress).numbered_as(id_split.classes)
     folder = None if out is None else FilePath(out)
     with matmul_precision(precision):
         job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
