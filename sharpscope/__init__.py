@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
+    from sharpscope.sources import images
     from sharpscope.stragglers.cohort import across_models
 
 # No public function shares its name with a module: importing the module would shadow it.
@@ -32,6 +33,7 @@ _HOMES = {
     "Split": ("sharpscope.data", "Split"),
     "across_models": ("sharpscope.stragglers.cohort", "across_models"),
     "folder": ("sharpscope.folders", "folder"),
+    "images": ("sharpscope.sources", "images"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
     "open": ("sharpscope.result", "open_result"),
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "across_models",
     "folder",
+    "images",
     "layers",
     "load",
     "open",

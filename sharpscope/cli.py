@@ -98,13 +98,13 @@ def report(
     folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan: write its page again.")] = None,
     zero_shot: Annotated[str | None, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")] = None,
     fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same CLIP, fine-tuned.")] = None,
-    id: Annotated[str | None, typer.Option(metavar="DIR", help="ID images, one folder per class.")] = None,
-    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="An OOD set; repeatable.")] = None,
+    id: Annotated[str | None, typer.Option(metavar="DATA", help="ID images: DIR, wds:DIR, py:module:name.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DATA", help="An OOD set; repeatable.")] = None,
     sharpness_on: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Images that sharpness is measured on, e.g. training images.")
+        str | None, typer.Option(metavar="DATA", help="Images that sharpness is measured on, e.g. training images.")
     ] = None,
     classnames: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Words of the class folders: JSON, or a line each.")
+        str | None, typer.Option(metavar="FILE", help="Words of the class folders: JSON, CSV, or a line each.")
     ] = None,
     templates: Annotated[
         str | None, typer.Option(metavar="FILE", help="Sentences with {} for the class name, a line each.")
@@ -120,6 +120,7 @@ def report(
     limit: Annotated[
         str | None, typer.Option(metavar="N|all", help="Most images that sharpness is measured on.")
     ] = None,
+    images: Annotated[int | None, typer.Option(metavar="N", help="Most images of each set.  [default: all]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
     granularity: Granular = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,

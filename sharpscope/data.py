@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from sharpscope import loaders
+from sharpscope.batches import as_batch
+from sharpscope.classes import numbering
 from sharpscope.errors import DataError
 from sharpscope.objective import Batch
+from sharpscope.progress import reading
 
-IMAGE_KEYS = ("image", "images", "pixel_values")
-LABEL_KEYS = ("label", "labels", "cls")
 CACHE_BYTES = 2 << 30  # a loader that gives less than this is read once and kept
-
-
-def as_batch(item: Any, name: str, index: int) -> Batch:
-    """Return inputs and targets of what a loader gave: a pair or a mapping with the usual keys.
-
-    Raises
-    ------
-    DataError
-        If there is no label, the label is no integer, or the lengths differ.
-    """
-    where = f"batch {index} of {name!r}"
-    if isinstance(item, Mapping):
-        inputs = next((item[key] for key in IMAGE_KEYS if key in item), None)
-        targets = next((item[key] for key in LABEL_KEYS if key in item), None)
-        found = f"a mapping with keys {sorted(map(str, item))}"
-    else:
-        pair = item if isinstance(item, tuple | list) and len(item) == 2 else (None, None)
-        inputs, targets = pair
-        found = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
-    if inputs is None or targets is None:
-        raise DataError(
-            f"{where} is {found}, without labels",
-            f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}",
-        )
-    x, y = torch.as_tensor(inputs), torch.as_tensor(targets)
-    if y.is_floating_point() or y.ndim != 1 or len(x) != len(y):
-        raise DataError(
-            f"{where} has inputs {tuple(x.shape)} and targets {tuple(y.shape)} {y.dtype}",
-            "one integer class per example: targets of shape (n,)",
-        )
-    return Batch(x, y.long())
+LOOKED_AT_TWICE = 32  # examples that are read again at once, to see whether they are the same
 
 
 class Split:
@@ -54,14 +28,30 @@ class Split:
     Parameters
     ----------
     loader
-        Any iterable of batches (see :func:`as_batch`); one that fits in 2 GB, or that can be read once only, is kept
-        in memory, any other is read anew each time and must give the same labels in the same order.
+        Any iterable of batches (see :func:`sharpscope.batches.as_batch`); one that fits in 2 GB is kept in memory,
+        any other is read anew each time and must give the same batches in the same order. A generator, which can be
+        read once only, must fit.
     name
         For rows and messages.
     classes
-        Class names in the model's numbering, if known.
+        Class names in the model's numbering; default those of the loader or its data set, if they have ``classes``.
     columns
         Numbers of the classes that occur here, if fewer than the model knows.
+    progress
+        False: no bar while a long reading goes on.
+
+    Attributes
+    ----------
+    targets
+        Class numbers (n,).
+    fingerprint
+        SHA-256 of all inputs as the model gets them, and labels; the same for any batching. It changes with the
+        preprocessing too. Cost: the first reading, with about a second per GB on top.
+
+    Raises
+    ------
+    DataError
+        If the loader shuffles, gives no example, other batches when read again, or batches that cannot be meant.
     """
 
     def __init__(
@@ -71,65 +61,147 @@ class Split:
         *,
         classes: Sequence[str] | None = None,
         columns: Sequence[int] | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.name = name
-        self.classes = tuple(classes) if classes is not None else getattr(loader, "classes", None)
+        self.classes = tuple(classes) if classes is not None else loaders.class_names(loader)
         self.columns = tuple(columns) if columns is not None else getattr(loader, "columns", None)
         self._loader = loader
         self._cache: list[Batch] | None = []
-        self._first_pass()
+        self._marks: list[int] = []
+        self._numbers: Tensor | None = None
+        self._said: tuple[str, ...] = ()
+        loaders.check_order(loader, name)
+        self._first_pass(progress)
+        self._second_look()
 
-    def _first_pass(self) -> None:
-        one_shot = iter(self._loader) is self._loader
+    def _first_pass(self, progress: bool | None) -> None:
         digest, targets, size = hashlib.sha256(), [], 0
-        for index, item in enumerate(self._loader):
-            batch = as_batch(item, self.name, index)
-            if not len(batch.targets):
-                continue
-            digest.update(batch.inputs.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for batch in reading(self._batches(), self.name, self._length(), progress):
+            digest.update(loaders.raw_bytes(batch.inputs))
+            self._marks.append(loaders.mark(batch.inputs))
             targets.append(batch.targets.cpu())
             size += batch.inputs.nbytes
-            if self._cache is not None:
-                self._cache.append(batch)
-            if size > CACHE_BYTES and not one_shot:
-                self._cache = None
+            self._keep(batch, size)
         if not targets:
-            raise DataError(f"{self.name!r} gave no example", "a loader with at least one labelled batch")
+            again = "a generator that was read before is empty; " if loaders.is_one_shot(self._loader) else ""
+            raise DataError(
+                f"{self.name!r} gave no example",
+                again + "a loader with at least one labelled batch, such as a DataLoader",
+            )
+        loaders.check_shared_out(self._loader, self._marks, self.name)
         self.targets = torch.cat(targets)
-        digest.update(self.targets.numpy().tobytes())
+        digest.update(loaders.raw_bytes(self.targets))
         self.fingerprint = digest.hexdigest()
+        if loaders.is_one_shot(self._loader):
+            self._said = (f"{self.name}: can be read once only, its {len(self)} examples are kept in memory",)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield what the loader gives, batches of no example left out."""
+        found = (as_batch(item, self.name, index) for index, item in enumerate(self._loader))
+        return (batch for batch in found if len(batch.targets))
+
+    def _length(self) -> int | None:
+        try:
+            return len(self._loader)  # type: ignore[arg-type]
+        except TypeError:  # a DataLoader of an IterableDataset has __len__, which fails
+            return None
+
+    def _keep(self, batch: Batch, size: int) -> None:
+        """Keep a batch while all so far fit."""
+        if size > CACHE_BYTES and loaders.is_one_shot(self._loader):
+            raise DataError(
+                f"{self.name!r} is a {type(self._loader).__name__}, which can be read once only, and holds more than "
+                f"the {CACHE_BYTES / 2**30:.3g} GB that are kept in memory",
+                "a loader that can be read again: a DataLoader, or an object with __iter__",
+            )
+        if size > CACHE_BYTES:
+            self._cache = None
+        elif self._cache is not None:
+            self._cache.append(batch)
+
+    def _second_look(self) -> None:
+        """Read the first batches again: shuffling and random augmentation show at once, kept in memory or not."""
+        seen = len(self) if loaders.is_one_shot(self._loader) else 0
+        again = self._again()
+        while seen < min(LOOKED_AT_TWICE, len(self)):
+            seen += len(next(again).targets)
+
+    def _again(self) -> Iterator[Batch]:
+        """Yield the batches anew; ``DataError`` where they differ from those of the first pass."""
+        seen = 0
+        for index, batch in enumerate(self._batches()):
+            expected = self.targets[seen : seen + len(batch.targets)]
+            seen += len(batch.targets)
+            mark = self._marks[index] if index < len(self._marks) else None
+            loaders.check_same(self._numbered(batch), expected, mark, f"batch {index} of {self.name!r}")
+            yield self._numbered(batch)
+        if seen < len(self):
+            raise DataError(
+                f"{self.name!r} gave {len(self)} examples when it was first read, now {seen}",
+                "a loader that can be read again: a DataLoader, or an object with __iter__",
+            )
+
+    def _numbered(self, batch: Batch) -> Batch:
+        return batch if self._numbers is None else Batch(batch.inputs, self._numbers[batch.targets.cpu()])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the loader has to say about its data, e.g. which images could not be read."""
-        return tuple(getattr(self._loader, "notes", ()))
+        """What a result must say about these data, e.g. which images could not be read."""
+        return (*loaders.notes(self._loader, self.name), *self._said)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches in their order; ``DataError`` if the labels differ from those of the first pass."""
-        if self._cache is not None:
-            yield from self._cache
-            return
-        seen = 0
-        for index, item in enumerate(self._loader):
-            batch = as_batch(item, self.name, index)
-            expected = self.targets[seen : seen + len(batch.targets)]
-            seen += len(batch.targets)
-            if not torch.equal(batch.targets.cpu(), expected):
-                raise DataError(
-                    f"batch {index} of {self.name!r} has other labels than when it was first read",
-                    "a loader with a fixed order: DataLoader(..., shuffle=False)",
-                )
-            yield batch
+        """Yield the batches in their order; ``DataError`` if they differ from those of the first pass."""
+        return self._again() if self._cache is None else map(self._numbered, self._cache)
+
+    def named(self, name: str) -> Split:
+        """Return these data under another name; the same if it is theirs."""
+        if name == self.name:
+            return self
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def numbered_as(self, classes: Sequence[str] | None) -> Split:
+        """Return these data with the labels of other classes, matched by name; the same if there is nothing to match.
+
+        Classes that the other data have and these do not list are masked.
+
+        Raises
+        ------
+        DataError
+            If a class that occurs here is none of them.
+        """
+        if classes is None or self.classes is None or self.classes == tuple(classes):
+            return self
+        self.check_labels(len(self.classes))
+        listed = range(len(self.classes)) if self.columns is None else self.columns
+        occurring = set(self.targets.tolist())
+        wanted = (number for number in listed if number in occurring or self.classes[number] in classes)
+        words = {str(number): self.classes[number] for number in wanted}
+        found, said = numbering(self.name, words, classes, what="label")
+        other = copy.copy(self)
+        other._numbers = torch.full((len(self.classes),), -1)
+        other._numbers[[int(label) for label in found]] = torch.tensor([*found.values()])
+        other.targets = other._numbers[self.targets]
+        other.classes = tuple(classes)
+        columns = sorted(set(found.values()))
+        other.columns = tuple(columns) if len(columns) < len(classes) else None
+        other._said = (*self._said, *said)
+        other.fingerprint = hashlib.sha256(f"{self.fingerprint} {found}".encode()).hexdigest()
+        return other
 
     def check_labels(self, classes: int) -> None:
         """Raise if a label lies outside the model's outputs or outside ``columns``."""
         low, high = int(self.targets.min()), int(self.targets.max())
         if low < 0 or high >= classes:
+            unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
             raise DataError(
-                f"{self.name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})",
+                f"{self.name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})"
+                + unlabelled,
                 "check that labels and model number the same classes",
             )
         if self.columns is not None and not set(self.targets.tolist()) <= set(self.columns):
@@ -173,6 +245,6 @@ def stratified(targets: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
     return np.asarray(random.permutation(chosen))
 
 
-def as_split(loader: Any, name: str) -> Split:
+def as_split(loader: Any, name: str, *, progress: bool | None = None) -> Split:
     """Return the loader as a split, unchanged if it is one."""
-    return loader if isinstance(loader, Split) else Split(loader, name)
+    return loader if isinstance(loader, Split) else Split(loader, name, progress=progress)

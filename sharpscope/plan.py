@@ -276,23 +276,23 @@ def _check_names(splits: list[Split]) -> None:
 def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> Partition:
     """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches."""
     first = Objective(objective.forward, objective.loss, objective.batches[:1])
-    classes = _classes(first, weights)
     for split in splits:
-        split.check_labels(classes)
+        split.check_labels(_classes(first, weights, split))
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     point = Point(first, weights, everything.names, graph_bytes=0)
     return everything.only(set(everything.names) - point.unused)
 
 
-def _classes(objective: Objective, weights: Tree) -> int:
+def _classes(objective: Objective, weights: Tree, split: Split) -> int:
     """Return how many classes the model tells apart; ``ModelError`` if it cannot take the data."""
-    example = objective.batches[0].inputs[:1]
+    example = next(iter(split)).inputs[:1].to(next(iter(weights.values())).device)
     try:
         with torch.no_grad():
             return objective.outputs(weights, example).shape[1]
     except RuntimeError as refusal:
         raise ModelError(
-            f"the zero-shot model fails on inputs of shape {tuple(example.shape)} {example.dtype}: {refusal}",
+            f"the zero-shot model fails on inputs of {split.name!r} of shape {tuple(example.shape)} {example.dtype}: "
+            f"{refusal}",
             "give the loader the size, channels and dtype that the model was made for",
         ) from refusal

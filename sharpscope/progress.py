@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
+QUICK = 5.0  # seconds that a reading may take without being mentioned
+
+
+def reading(batches: Iterable[T], name: str, total: int | None, show: bool | None) -> Iterator[T]:
+    """Yield the batches; a reading that takes long shows a bar on a terminal, elsewhere a line at its end."""
+    terminal, started = sys.stderr.isatty(), time.monotonic()
+    yield from tqdm(
+        batches,
+        desc=f"reading {name}",
+        total=total,
+        unit="batch",
+        delay=QUICK,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not terminal or show is False,
+    )
+    seconds = time.monotonic() - started
+    if seconds > QUICK and not terminal and show is not False:
+        sys.stderr.write(f"read {name} in {seconds:.0f} s\n")
 
 
 class Progress:

@@ -46,6 +46,12 @@ def dot(a: Tree, b: Tree) -> float:
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
+def sum_of(a: Tree) -> float:
+    """Return the sum of all entries, accumulated in float64."""
+    sums = [torch.sum(tensor, dtype=torch.float64) for tensor in a.values()]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
 def norm(a: Tree) -> float:
     """Return the Euclidean norm, accumulated in float64."""
     return math.sqrt(dot(a, a))

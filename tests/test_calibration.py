@@ -30,34 +30,53 @@ def covers(estimate, truth, measure="trace"):
 
 
 class DensePoint:
-    """A point whose Hessian is a given matrix: fast enough for thousands of products."""
+    """A point whose Hessian is a sum of given matrices, one a batch: fast enough for thousands of products."""
 
-    def __init__(self, matrix, places, leaves):
-        self.matrix, self.places = matrix, places
+    def __init__(self, matrices, places, leaves):
+        self.matrices, self.places = matrices, places
         self.gradient = self.leaves = leaves
         self.counts, self.memory, self.found = Counter(), {}, {}
 
     def operator(self, matrix):
         return self
 
-    def product(self, v):
-        return self.block_product(tuple(self.places), v)
+    def share_above(self, names):
+        return 1.0
 
-    def block_product(self, names, v):
-        image = block(self.matrix, self.places, names) @ flat(v, names)
-        sizes = [self.leaves[n].numel() for n in names]
-        return {n: part.view_as(self.leaves[n]) for n, part in zip(names, image.split(sizes), strict=True)}
+    def parts(self):
+        for matrix in self.matrices:
+
+            def part(names, v, matrix=matrix):
+                image = block(matrix, self.places, names) @ flat(v, names)
+                sizes = [self.leaves[n].numel() for n in names]
+                return {n: part.view_as(self.leaves[n]) for n, part in zip(names, image.split(sizes), strict=True)}
+
+            yield part
 
 
-@pytest.fixture(scope="module")
-def vit():
+def in_batches(hessian, count):
+    """Return matrices that differ as those of batches do and add up to the Hessian."""
+    random = torch.Generator().manual_seed(7)
+    noise = [torch.randn(hessian.shape, dtype=torch.float64, generator=random) for _ in range(count)]
+    noise = [0.5 * hessian.std() * (matrix + matrix.T - 2 * sum(noise) / count) for matrix in noise]
+    parts = [hessian / count + (matrix + matrix.T) / 2 for matrix in noise] if count > 1 else [hessian]
+    torch.testing.assert_close(sum(parts), hessian)
+    return parts
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["one batch", "four batches"])
+def vit(request):
     net = made("vit")
     hessian, places = dense_hessian(net)
     names = [n for n, _ in net.named_parameters()]
     layers = partition(names, containers=container_names(net))
     truth = {layer: float(block(hessian, places, mine).trace()) for layer, mine in layers.layers.items()}
     leaves = {n: p.detach() for n, p in net.named_parameters()}
-    return DensePoint(hessian, places, leaves), layers, {**truth, MODEL: float(hessian.trace())}
+    return (
+        DensePoint(in_batches(hessian, request.param), places, leaves),
+        layers,
+        {**truth, MODEL: float(hessian.trace())},
+    )
 
 
 @pytest.mark.slow
@@ -135,6 +154,7 @@ def test_the_residual_bounds_the_error_of_the_largest_eigenvalue_on_spectra_made
             gradient=gradient,
             memory={},
             found={},
+            share_above=lambda _: 1.0,
             operator=lambda _: SimpleNamespace(
                 product=lambda v: {"x": matrix @ v["x"]}, block_product=lambda names, v: {"x": matrix @ v["x"]}
             ),

@@ -126,7 +126,7 @@ def test_help_is_light_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert "--sharpness-on DIR" in done.stdout
+    assert "--sharpness-on DATA" in done.stdout
     assert "\x1b" not in done.stdout
     assert after.ru_utime - before.ru_utime < 0.3  # about 0.07 s
 

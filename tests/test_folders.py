@@ -13,7 +13,7 @@ from PIL import Image
 
 import sharpscope as ss
 from sharpscope.errors import DataError, UsageError
-from sharpscope.folders import ImageFolder, class_folders, folder
+from sharpscope.folders import class_folders, folder
 
 
 def mean_color(image):
@@ -73,7 +73,8 @@ def test_an_unknown_class_is_refused_by_name_and_left_out_if_asked(data, tmp_pat
     classes = folder(data, mean_color).classes
     with pytest.raises(DataError, match=r"folder 'bees' is none of the 3 classes; the nearest is 'bee'"):
         folder(tmp_path / "more", mean_color, classes=classes)
-    split = folder(tmp_path / "more", mean_color, classes=classes, subset=True)
+    with pytest.warns(UserWarning, match="left out"):
+        split = folder(tmp_path / "more", mean_color, classes=classes, subset=True)
     assert (read(split), split.targets.tolist(), split.columns) == ([8], [1], (1,))
 
 
@@ -87,7 +88,11 @@ def test_class_names_from_lines_json_and_mapping_are_the_same(data, tmp_path):
     names = {"ape": "a great ape", "bee": "honey bee", "cat_fish": "cat fish"}
     (tmp_path / "names.txt").write_text("\n".join(names.values()) + "\n")
     (tmp_path / "names.json").write_text(json.dumps(names | {"dog": "dog"}))
-    for source in (tmp_path / "names.txt", tmp_path / "names.json", names):
+    (tmp_path / "index.json").write_text(json.dumps({str(i): list(pair) for i, pair in enumerate(names.items())}))
+    (tmp_path / "names.csv").write_text("folder,name\nbee,honey bee\nape,a great ape\n" + 'cat_fish,"cat fish"\n')
+    (tmp_path / "names.tsv").write_text("\n".join("\t".join(pair) for pair in names.items()), encoding="utf-8-sig")
+    files = [tmp_path / name for name in ("names.txt", "names.json", "index.json", "names.csv", "names.tsv")]
+    for source in (*files, names):
         assert folder(data, mean_color, classnames=source).classes == tuple(names.values())
 
 
@@ -104,14 +109,22 @@ def test_folders_are_mapped_by_their_words_not_by_their_names(data, tmp_path):
         ("cat_fish\nape\nbee\n", ".txt", "not in sorted order: its first line 'cat_fish' would name folder 'ape'"),
         ('{"ape": "ape"}', ".json", r"no words for folder 'bee' \(2 of 3"),
         ('["ape"]', ".json", "does not map folders to words"),
+        ("ape,great ape\nbee\n", ".csv", "a line of 1 columns: 'bee'"),
+        ("ape,great ape\nape,small ape\n", ".csv", "calls 'ape' both 'great ape' and 'small ape'"),
+        (
+            '{"apes": "ape", "bee": "bee", "cat_fish": "fish"}',
+            ".json",
+            "no words for folder 'ape' .*they have is 'apes'",
+        ),
         ("{", ".json", "is no JSON"),
         (None, ".txt", "no file of class names at"),
+        ("ape\nbee\ncaf\udce9\n", ".txt", "is no text in UTF-8: .*byte 0xe9"),
     ],
 )
 def test_class_names_that_cannot_be_meant_are_refused(data, tmp_path, content, suffix, said):
     file = tmp_path / f"names{suffix}"
     if content is not None:
-        file.write_text(content)
+        file.write_text(content, errors="surrogateescape")
     with pytest.raises(UsageError, match=said):
         folder(data, mean_color, classnames=file)
 
@@ -125,6 +138,10 @@ def test_a_limit_is_even_over_classes_and_always_the_same_images(data):
     split = folder(data, mean_color, limit=6)
     assert torch.bincount(split.targets).tolist() == [2, 2, 2]
     assert read(split) == sorted(read(split)) == read(folder(data, mean_color, limit=6))
+    others = {tuple(read(folder(data, mean_color, limit=6, seed=seed))) for seed in range(4)}
+    assert len(others) > 1
+    with pytest.raises(UsageError, match="limit=0: needs a number of images"):
+        folder(data, mean_color, limit=0)
 
 
 def test_a_damaged_image_is_left_out_and_named(tmp_path):
@@ -149,7 +166,11 @@ def test_more_than_one_percent_damaged_is_fatal(tmp_path):
     clips.images(tmp_path / "id", each=50, size=4)
     for i in (3, 7):
         (tmp_path / "id" / "red" / f"{i:04d}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"0007.png cannot be read .*more than 1% of 150 images"):
+    with pytest.raises(
+        DataError,
+        match=r"2 images cannot be read so far \(.*0003.png: 0 bytes; .*0007.png: 0 bytes\), "
+        r"more than 0.01 of all 150\n  fix: ",
+    ):
         folder(tmp_path / "id", mean_color)
 
 
@@ -188,15 +209,11 @@ def test_hidden_files_and_other_files_are_left_out_and_suffixes_may_be_upper_cas
     shade(tmp_path / "ape" / "._1.png", 3)
     shade(tmp_path / ".ipynb_checkpoints" / "x.png", 4)
     (tmp_path / "ape" / "notes.txt").write_text("no picture")
-    assert [path.name for path in class_folders(tmp_path)["ape"]] == ["1.PNG", "2.jpg"]
-
-
-def test_a_loader_keeps_no_image(data):
-    samples = [(path, 0) for path in sorted(data.rglob("*.png"))]
-    seen = []
-    loader = ImageFolder(samples, lambda image: seen.append(1) or mean_color(image), "id", 4)
-    assert [sum(len(batch.targets) for batch in loader) for _ in range(2)] == [12, 12]
-    assert len(seen) == 24  # decoded in each pass
+    found = class_folders(tmp_path)
+    assert [path.name for path in found.images["ape"]] == ["1.PNG", "2.jpg"]
+    assert found.hidden == 2
+    with pytest.warns(UserWarning, match=r"pets: 1 files that are no images are left out \(notes.txt\), and 2 hidden"):
+        assert len(folder(tmp_path, mean_color, name="pets")) == 2
 
 
 def test_the_models_own_preprocessing_is_applied(tmp_path):
@@ -211,3 +228,149 @@ def test_no_warning_without_damage(data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder(data, mean_color)
+
+
+# --- names that nearly agree
+
+
+def test_names_that_differ_in_case_or_underscores_are_the_same_class_and_this_is_said(data, tmp_path):
+    shade(tmp_path / "sketch" / "Cat-Fish" / "x.png", 9)
+    shade(tmp_path / "sketch" / "BEE" / "x.png", 8)
+    with pytest.warns(UserWarning, match="sketch: folder '(Cat-Fish|BEE)' is taken as class '(cat fish|bee)'") as said:
+        split = folder(tmp_path / "sketch", mean_color, classes=folder(data, mean_color).classes)
+    assert len(said) == 2
+    assert split.targets.tolist() == [1, 2]
+    assert split.notes == tuple(str(warning.message) for warning in said)
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    shade(tmp_path / "id" / composed / "x.png", 1)
+    shade(tmp_path / "mac" / decomposed / "x.png", 2)
+    shade(tmp_path / "id" / "\u72ac" / "\u5199\u771f.png", 3)
+    classes = folder(tmp_path / "id", mean_color).classes
+    assert classes == (composed, "\u72ac")
+    with pytest.warns(UserWarning, match="is taken as class"):
+        assert folder(tmp_path / "mac", mean_color, classes=classes).targets.tolist() == [0]
+
+
+def test_a_name_that_could_be_two_classes_is_refused_but_an_exact_one_is_taken(tmp_path):
+    shade(tmp_path / "letters" / "a" / "x.png", 1)
+    assert folder(tmp_path / "letters", mean_color, classes=["A", "a"]).targets.tolist() == [1]
+    with pytest.raises(DataError, match="folder 'a' could be class 'A' or ' a '"):
+        folder(tmp_path / "letters", mean_color, classes=["A", " a "])
+
+
+def test_two_folders_that_nearly_agree_on_a_class_are_refused(tmp_path):
+    shade(tmp_path / "two" / "bee" / "x.png", 1)
+    shade(tmp_path / "two" / "Bee" / "x.png", 2)
+    with pytest.raises(DataError, match="folders 'bee' and 'Bee' are both class 'bee', but for case or underscores"):
+        folder(tmp_path / "two", mean_color, classes=["ape", "bee"])
+    both = folder(tmp_path / "two", mean_color, classes=["ape", "bee"], classnames={"bee": "bee", "Bee": "bee"})
+    assert both.targets.tolist() == [1, 1]
+
+
+def test_what_a_subset_leaves_out_is_said(data, tmp_path):
+    for name in ("bee", "zebra", "yak"):
+        shade(tmp_path / "more" / name / "x.png", 9)
+    with pytest.warns(
+        UserWarning, match=r"more: 2 of 3 folders are none of the 3 classes and left out \('yak', 'zebra'\)"
+    ):
+        folder(tmp_path / "more", mean_color, classes=["ape", "bee", "cat"], subset=True)
+    words = {"bee": "honey bee", "yak": "ox"}
+    with pytest.raises(UsageError, match="no words for folder 'zebra'"):
+        folder(tmp_path / "more", mean_color, classes=["honey bee"], classnames=words)
+    with pytest.warns(UserWarning, match=r"more: 1 folders have no class name and are left out \(zebra\)"):
+        split = folder(tmp_path / "more", mean_color, classes=["honey bee", "ox"], classnames=words, subset=True)
+    assert split.targets.tolist() == [0, 1]
+
+
+def test_lines_of_wordnet_ids_and_words_are_a_map(tmp_path):
+    for name in ("n01440764", "n01443537"):
+        shade(tmp_path / "id" / name / "x.png", 9)
+    (tmp_path / "synsets.txt").write_text("n01443537 goldfish\nn01440764 tench, Tinca tinca\n")
+    assert folder(tmp_path / "id", mean_color, classnames=tmp_path / "synsets.txt").classes == (
+        "tench, Tinca tinca",
+        "goldfish",
+    )
+
+
+# --- file systems
+
+
+def test_links_are_followed_but_not_in_circles_and_a_broken_one_is_an_unreadable_image(tmp_path):
+    shade(tmp_path / "id" / "ape" / "1.png", 1)
+    shade(tmp_path / "elsewhere" / "more" / "2.png", 2)
+    (tmp_path / "id" / "ape" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "id" / "ape" / "up").symlink_to(tmp_path / "id")
+    (tmp_path / "id" / "ape" / "itself").symlink_to(tmp_path / "id" / "ape" / "itself")
+    (tmp_path / "id" / "bee").symlink_to(tmp_path / "elsewhere")
+    found = class_folders(tmp_path / "id").images
+    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+        "ape": ["1.png", "2.png"],
+        "bee": ["2.png"],
+    }
+    (tmp_path / "id" / "ape" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"1 images cannot be read so far \(.*gone.png: .*No such file"):
+        folder(tmp_path / "id", mean_color)
+
+
+def test_the_order_is_that_of_names_whatever_the_file_system_says(data, monkeypatch):
+    straight = read(folder(data, mean_color))
+    import os
+
+    listed = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            with listed(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert read(folder(data, mean_color)) == straight
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path):
+    for split in ("train", "val"):
+        shade(tmp_path / "data" / split / "ape" / "1.png", 1)
+    with pytest.raises(
+        DataError, match=r"data holds the folders train, val, which are splits, not classes\n  fix: .*val"
+    ):
+        folder(tmp_path / "data", mean_color)
+
+
+def test_an_unreadable_folder_ends_in_a_sentence(data, monkeypatch):
+    import os
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match=r"ape cannot be read: Permission denied"):
+        folder(data, mean_color)
+
+
+def test_more_damage_can_be_allowed(tmp_path):
+    clips.images(tmp_path / "id", each=4, size=4)
+    (tmp_path / "id" / "red" / "0000.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 of 12 images could not be read and are left out \(.*0000.png: 0 bytes\)"):
+        assert len(folder(tmp_path / "id", mean_color, max_unreadable=0.1)) == 11
+    with pytest.raises(UsageError, match=r"max_unreadable=1\.5"):
+        folder(tmp_path / "id", mean_color, max_unreadable=1.5)
+
+
+def test_a_random_augmentation_in_the_preprocessing_is_refused(data):
+    with pytest.raises(DataError, match=r"batch 0 of 'id' has the same labels but other values .*random augmentation"):
+        folder(data, lambda image: mean_color(image) + torch.rand(1))
+
+
+def test_a_model_without_preprocessing_is_refused(data):
+    with pytest.raises(UsageError, match="a Linear has no preprocessing of images"):
+        folder(data, torch.nn.Linear(2, 2))

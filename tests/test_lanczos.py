@@ -1,15 +1,14 @@
 """Eigenvalues against dense ones, residuals as true bounds, and start vectors that must not mislead."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from nets import block, dense_hessian, made, objective
 
 from sharpscope import tree
-from sharpscope.curvature.lanczos import Eigenvalue, largest
+from sharpscope.curvature.lanczos import Eigenvalue, Krylov, largest
 from sharpscope.curvature.point import Point
+from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 from sharpscope.table import MODEL
 
@@ -79,9 +78,9 @@ def test_an_exhausted_krylov_space_ends_the_run_with_the_exact_value():
 
 
 def test_a_block_without_curvature_is_zero_and_converged():
-    (ritz,) = largest(lambda v: {"x": 0 * v["x"]}, {"x": torch.ones(5)}, tolerance=0.01, most=5)
-    assert (ritz.value, ritz.residual) == (0.0, 0.0)
-    assert Eigenvalue()._estimate(ritz).converged
+    flat = Krylov(lambda v: {"x": 0 * v["x"]}, {"x": torch.ones(5)}).grown(0.01, 5)
+    found = Eigenvalue()._estimate(flat)
+    assert (found.value, found.stderr, found.converged) == (0.0, 0.0, True)
 
 
 def test_too_few_steps_are_said_to_be_unconverged():
@@ -112,9 +111,29 @@ def test_neighbours_eigenvectors_save_steps_and_change_no_value():
 def test_a_start_at_the_second_eigenvector_still_finds_the_first():
     """Along a path the order of eigenvectors can swap: the noise in the start vector is there for this case."""
     matrix, q = symmetric([1.0, 0.9, *np.linspace(0, 0.2, 38)])
-
-    point = SimpleNamespace(gradient={"x": q[:, 1]}, memory={"lambda_max/x": {"x": q[:, 1].clone()}})
-    start = Eigenvalue()._start(point, "x", ("x",), seed=0)
+    start = Eigenvalue()._start({"x": q[:, 1].clone()}, (0, "lambda_max", "x"))
     (ritz,) = largest(matrix_product(matrix), start, tolerance=0.01, most=40)
     assert ritz.value == pytest.approx(1.0, rel=0.01)
     assert tree.norm(ritz.vector) == pytest.approx(1.0)
+
+
+def quadratic(matrix, memory=None):
+    """The point of ``w' A w / 2``, whose Hessian is A."""
+    fn = Objective(
+        lambda w, x: (w["x"] @ matrix @ w["x"] / 2).expand(len(x)),
+        lambda z, t: z.sum(),
+        (Batch(torch.ones(1), torch.zeros(1)),),
+    )
+    return Point(fn, {"x": torch.ones(len(matrix), dtype=torch.float64)}, ["x"], memory=memory)
+
+
+def test_an_eigenvector_that_takes_the_lead_between_two_alphas_is_seen():
+    """1 and .9 become .9 and 1: started at the old leader alone, Lanczos is content with .9."""
+    bulk = np.linspace(0, 0.2, 898)
+    before, q = symmetric([1.0, 0.9, *bulk])
+    after = q @ torch.diag(torch.tensor([0.9, 1.0, *bulk], dtype=torch.float64)) @ q.T
+    layers, old = partition(["x"]), quadratic(before)
+    assert dict(Eigenvalue()(old, layers, seed=0))["x"].value == pytest.approx(1.0, rel=0.01)
+    found = dict(Eigenvalue()(quadratic(after, old.found), layers, seed=0))["x"]
+    assert found.value == pytest.approx(1.0, rel=0.01)
+    assert found.draws <= 5

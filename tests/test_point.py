@@ -1,6 +1,7 @@
 """Products against a dense float64 Hessian made without sharpscope, and the laws they must obey."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -166,3 +167,38 @@ def test_layer_norm_product_is_right_where_forward_over_jacrev_is_not():
     _, trapped = jvp(jacrev(loss), (weights,), (v,))
     if torch.__version__.startswith("2.13"):
         assert (flat(trapped, list(weights)) - truth).abs().max() > 1e-3
+
+
+class Canary(torch.autograd.Function):
+    """The identity; its node holds an object whose end can be watched."""
+
+    watched = None
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.canary = type("Bird", (), {})()
+        Canary.watched = weakref.ref(ctx.canary)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clone()
+
+
+def test_a_point_that_is_dropped_frees_its_graphs():
+    """Without the collector: along a path the next point needs the room. Softmax saves its own output."""
+    fn = Objective(
+        lambda w, x: torch.softmax(Canary.apply(x @ w["x"]), 1),
+        cross_entropy,
+        (Batch(torch.randn(4, 3), torch.ones(4).long()),),
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        here = Point(fn, {"x": torch.randn(3, 2)}, ["x"])
+        here.product({"x": torch.ones(3, 2)})
+        assert Canary.watched() is not None
+        del here
+        assert Canary.watched() is None
+    finally:
+        gc.enable()

@@ -121,6 +121,12 @@ def spoiled(x):
     return x.index_put((torch.tensor(3),), torch.tensor(torch.nan, dtype=x.dtype))
 
 
+def steep():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3).double()).eval()
+    nn.init.constant_(net[1].weight, 100)
+    return net
+
+
 X, Y = images()
 BROKEN = {
     "architectures": (
@@ -136,14 +142,17 @@ BROKEN = {
     "empty": (lambda a, b: (a, b, []), DataError, "'id' gave no example"),
     "no labels": (lambda a, b: (a, b, [X]), DataError, "without labels"),
     "labels": (lambda a, b: (a, b, [(X, Y + 7)]), DataError, r"labels 7\.\.9, the model has 3 outputs"),
-    "nan": (lambda a, b: (a, b, [(spoiled(X), Y)]), MeasurementError, "the loss at the zero-shot end is nan"),
+    "nan": (lambda a, b: (a, b, [(spoiled(X), Y)]), DataError, "batch 0 of 'id' holds NaN or infinities in 1 of 12"),
+    "overflow": (
+        lambda a, b: (steep(), steep(), [(X * 1e307, Y)]), MeasurementError, "loss at the zero-shot end is (nan|inf)"
+    ),
     "random": (lambda a, b: (with_dropout(a), with_dropout(b), loader()), MeasurementError, "random in evaluation"),
     "batch norm": (
         lambda a, b: (batch_statistics(), batch_statistics(), loader()), ModelError, "without running statistics",
     ),
     "no logits": (lambda a, b: (headless(), headless(), loader()), ModelError, r"logits of shape \(n, classes\)"),
     "image size": (
-        lambda a, b: (a, b, [(X[..., :2], Y)]), ModelError, r"inputs of shape \(1, 1, 4, 2\) torch.float64: mat1",
+        lambda a, b: (a, b, [(X[..., :2], Y)]), ModelError, r"inputs of .* \(1, 1, 4, 2\) torch.float64: mat1",
     ),
     "input dtype": (lambda a, b: (a, b, [(X.float(), Y)]), ModelError, "torch.float32: mat1 and mat2 must have"),
 }  # fmt: skip

@@ -1,12 +1,18 @@
 """Trace against the dense diagonal; the honesty of its standard error; where probes go."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from nets import block, dense_hessian, made, objective
+from torch import nn
 
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
+from sharpscope.losses import cross_entropy
+from sharpscope.network import network
+from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 from sharpscope.table import MODEL
 
@@ -25,7 +31,7 @@ def test_every_layers_trace_is_within_five_standard_errors_of_the_dense_diagonal
     point, layers, truth = vit
     for layer, found in Trace(most=400)(point, layers, seed=0):
         assert abs(found.value - truth[layer]) < 5 * found.stderr, layer
-        assert layer == MODEL or len(found.samples) == found.draws
+        assert layer == MODEL or len(found.samples) * len(point.objective.batches) == found.draws
 
 
 def test_converged_layers_meet_their_target_and_others_say_so(vit):
@@ -38,7 +44,7 @@ def test_converged_layers_meet_their_target_and_others_say_so(vit):
             # The floor is fixed from the joint probes, so it may differ a little from the final sum.
             assert estimate.stderr <= max(0.05 * abs(estimate.value), 1.2 * floor), layer
         else:
-            assert layer == MODEL or estimate.draws == 30, layer
+            assert layer == MODEL or estimate.draws == 30 * len(point.objective.batches), layer
     assert not all(estimate.converged for estimate in found.values())
 
 
@@ -56,8 +62,6 @@ def test_standard_error_covers_the_truth_as_often_as_it_should(vit):
 
 def test_diagonal_hessian_is_exact_after_the_first_draws_and_no_own_probes_are_spent():
     """For a diagonal Hessian every Rademacher probe gives the trace itself."""
-    from sharpscope.objective import Batch, Objective
-
     weights = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones(3, dtype=torch.float64)}
     scale = {"a": 3.0, "b": 1e-4}
     fn = Objective(
@@ -69,7 +73,7 @@ def test_diagonal_hessian_is_exact_after_the_first_draws_and_no_own_probes_are_s
     found = dict(Trace()(point, partition(["a", "b"]), seed=0))
     assert found["a"].value == pytest.approx(12)
     assert found["b"].value == pytest.approx(3e-4)
-    assert (found["a"].draws, found["b"].draws, point.counts["block_products"]) == (3, 3, 0)
+    assert (found["a"].draws, found["b"].draws, point.counts["block_products"]) == (2, 2, 0)
 
 
 def test_a_small_layer_beside_a_large_one_gets_probes_of_its_own(vit):
@@ -84,3 +88,39 @@ def test_draws_are_the_same_for_the_same_seed_and_differ_between_seeds(vit):
     first, again, other = (dict(Trace(most=8)(point, layers, seed)) for seed in (0, 0, 1))
     assert all(np.array_equal(first[layer].samples, again[layer].samples) for layer in first)
     assert first["head"].value != other["head"].value
+
+
+def mlp_in_batches(size):
+    """A small network on 48 examples of one distribution, its dense trace and its parameter names."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(48, 6, dtype=torch.float64), torch.randint(0, 3, (48,))
+    fn = Objective(network(net.eval(), "net").forward, cross_entropy, tuple(map(Batch, x.split(size), y.split(size))))
+    return fn, dict(net.named_parameters()), partition(list(dict(net.named_parameters())), containers=[""])
+
+
+def test_probes_of_their_own_for_every_batch_have_a_fraction_of_the_variance():
+    """The same examples in one batch and in eight, and as many draws: values that agree, and a far smaller error."""
+    found = []
+    for size in (48, 6):
+        fn, weights, layers = mlp_in_batches(size)
+        found.append(dict(Trace(first=40, most=40)(Point(fn, weights, list(weights)), layers, seed=0)))
+    one, eight = found
+    for layer in one:
+        assert abs(one[layer].value - eight[layer].value) < 4 * math.hypot(one[layer].stderr, eight[layer].stderr), (
+            layer
+        )
+        assert eight[layer].stderr < 0.8 * one[layer].stderr, layer
+
+
+def test_what_differs_between_batches_is_no_error_of_the_trace():
+    """Diagonal Hessians, one a thousand times the other: each is exact, and so is their sum."""
+    weights = {"a": torch.ones(5, dtype=torch.float64)}
+    fn = Objective(
+        lambda w, x: x * w["a"].pow(2).sum() / 2,
+        lambda z, t: z.sum(),
+        (Batch(torch.ones(2), torch.zeros(2)), Batch(1000 * torch.ones(2), torch.zeros(2))),
+    )
+    found = dict(Trace()(Point(fn, weights, ["a"]), partition(["a"]), seed=0))
+    assert found["a"].value == pytest.approx(5 * 1001 / 2)
+    assert found["a"].stderr == pytest.approx(0, abs=1e-9)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from sharpscope.classnames import ClassNames, read_classnames
 from sharpscope.config import Settings, write_config
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
-from sharpscope.folders import class_folders, folder, read_classnames
+from sharpscope.folders import class_folders
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, load, read_templates
 from sharpscope.plan import Plan, alphas_from, prepare
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
+from sharpscope.sources import WEBDATASET, images, is_folder
+from sharpscope.webdataset import archive_templates
 
 
 @dataclass(frozen=True)
@@ -33,25 +38,45 @@ class Material:
     sharpness_on: Split | None
 
 
-def material(chosen: Settings) -> Material:
-    """Return models and data, read as the settings say; every folder is preprocessed as the zero-shot model wants."""
-    templates = None if chosen.templates is None else read_templates(chosen.templates)
-    # One map for all sets: a file with a line per folder names the ID folders, and a subset has fewer.
-    words = None if chosen.classnames is None else read_classnames(chosen.classnames, [*class_folders(chosen.id)])
+def material(chosen: Settings, *, progress: bool | None = None) -> Material:
+    """Return models and data, read as the settings say; all images are preprocessed as the zero-shot model wants."""
+    templates = _templates(chosen)
+    id_names, names = _classnames(chosen)
     zero_shot = load(chosen.zero_shot, templates=templates)
+    read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
+    id_split = read(chosen.id, name="id", classnames=id_names)
 
-    def read(place: str, name: str, classes: Sequence[str] | None = None) -> Split:
-        subset = chosen.subset and classes is not None
-        return folder(place, zero_shot, name=name, classes=classes, classnames=words, subset=subset)
+    def read_other(place: str, name: str) -> Split:
+        own = names if is_folder(place) else None
+        return read(place, name=name, classes=id_split.classes, classnames=own, subset=chosen.subset)
 
-    id_split = read(chosen.id, "id")
     return Material(
         zero_shot=zero_shot,
         fine_tuned=load(chosen.fine_tuned, templates=templates),
         id=id_split,
-        ood={name: read(place, name, id_split.classes) for name, place in chosen.ood.items()},
-        sharpness_on=read(chosen.sharpness_on, "sharpness", id_split.classes) if chosen.sharpness_on else None,
+        ood={name: read_other(place, name) for name, place in chosen.ood.items()},
+        sharpness_on=read_other(chosen.sharpness_on, "sharpness") if chosen.sharpness_on else None,
     )
+
+
+def _templates(chosen: Settings) -> Iterable[str] | None:
+    """Return the templates of the settings, else those that an ID webdataset brings along."""
+    if chosen.templates is not None:
+        return read_templates(chosen.templates)
+    found = archive_templates(chosen.id.removeprefix(WEBDATASET)) if chosen.id.startswith(WEBDATASET) else None
+    if found is not None:
+        warnings.warn(
+            f"the ID webdataset brings {len(found)} templates, which are used; else --templates", stacklevel=2
+        )
+    return found
+
+
+def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]:
+    """Return the words of the ID set and those of every folder: a file with a line each names the ID folders only."""
+    if chosen.classnames is None or not is_folder(chosen.id):
+        return chosen.classnames, None
+    words = read_classnames(chosen.classnames, [*class_folders(chosen.id).images])
+    return words, words
 
 
 def measures(chosen: Settings) -> tuple[Measure, ...]:
@@ -134,7 +159,7 @@ def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = No
         See :func:`sharpscope.scan`.
     """
     with _threads(chosen.threads):
-        result = _scanned(chosen, material(chosen), fresh, progress)
+        result = _scanned(chosen, material(chosen, progress=progress), fresh, progress)
     write_config(chosen, chosen.out)
     write(result, Path(chosen.out))
     return result

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sharpscope.objective import Batch
-from sharpscope.tree import Tree
+from sharpscope.objective import Batch, Objective
+from sharpscope.tree import Tree, select, zeros
 
 if TYPE_CHECKING:
-    from sharpscope.curvature.point import Point
+    from sharpscope.curvature.point import Part, Point
 
 
 @dataclass(frozen=True)
@@ -36,39 +37,34 @@ class GaussNewton:
     """
 
     def __init__(self, point: Point, budget: int) -> None:
-        self._point = point
-        self._graphs = point.graphs_of(self._graph, budget)
-
-    def _graph(self, batch: Batch) -> _Graph:
-        objective, leaves = self._point.objective, self._point.leaves
-        with torch.enable_grad():
-            outputs = objective.outputs(self._point.weights, batch.inputs)
-            copy = outputs.detach().requires_grad_()
-            loss = objective.loss(copy, batch.targets) / objective.examples
-            (slope,) = torch.autograd.grad(loss, copy, create_graph=True)
-            u = torch.zeros_like(outputs, requires_grad=True)
-            found = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
-        pairs = zip(leaves, found, strict=True)
-        return _Graph(outputs, slope, copy, u, {name: tensor for name, tensor in pairs if tensor is not None})
+        self._leaves, self._counts = point.leaves, point.counts
+        self._graphs = point.graphs_of(partial(_graph, point.objective, point.weights, point.leaves), budget)
 
     def product(self, v: Tree) -> Tree:
         """Return ``G v`` over all differentiated tensors."""
-        return self.block_product(tuple(self._point.leaves), v)
+        return self.block_product(tuple(self._leaves), v)
 
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return ``G_ll v`` for the layer l made of the named tensors."""
-        self._point.counts["gauss_newton_products"] += 1
-        leaves = [self._point.leaves[name] for name in names]
-        total = [torch.zeros_like(leaf) for leaf in leaves]
-        for graph, stays in self._graphs:
-            live = [name for name in names if name in graph.pulled]
-            if not live or not graph.slope.requires_grad:  # a loss linear in z has H_out = 0
-                continue
-            moved = self._moved(graph, live, v)
-            bent = torch.autograd.grad(graph.slope, graph.copy, moved, retain_graph=stays)
-            found = torch.autograd.grad(graph.outputs, leaves, bent, retain_graph=stays, allow_unused=True)
-            total = [t if f is None else t + f for t, f in zip(total, found, strict=True)]
-        return dict(zip(names, total, strict=True))
+        self._counts["gauss_newton_products"] += 1
+        total = zeros(select(self._leaves, names))
+        for part in self.parts():
+            total = {**total, **{name: total[name] + image for name, image in part(names, v).items()}}
+        return total
+
+    def parts(self) -> Iterator[Part]:
+        """Yield each batch's share of the matrix; not counted as products."""
+        for graph in self._graphs:
+            yield partial(self._part, graph)
+
+    def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
+        live = [name for name in names if name in graph.pulled]
+        if not live or not graph.slope.requires_grad:  # a loss linear in z has H_out = 0
+            return {}
+        leaves = [self._leaves[name] for name in names]
+        bent = torch.autograd.grad(graph.slope, graph.copy, self._moved(graph, live, v), retain_graph=True)
+        found = torch.autograd.grad(graph.outputs, leaves, bent, retain_graph=True, allow_unused=True)
+        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
 
     @staticmethod
     def _moved(graph: _Graph, live: list[str], v: Tree) -> Tensor:
@@ -77,3 +73,15 @@ class GaussNewton:
             [graph.pulled[name] for name in live], graph.u, [v[name] for name in live], retain_graph=True
         )
         return moved
+
+
+def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> _Graph:
+    with torch.enable_grad():
+        outputs = objective.outputs(weights, batch.inputs)
+        copy = outputs.detach().requires_grad_()
+        loss = objective.loss(copy, batch.targets) / objective.examples
+        (slope,) = torch.autograd.grad(loss, copy, create_graph=True)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        found = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return _Graph(outputs, slope, copy, u, {name: tensor for name, tensor in pairs if tensor is not None})

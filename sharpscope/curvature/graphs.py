@@ -36,7 +36,8 @@ class _SavedBytes:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-        return tensor
+        # Detached: a node that holds its own output, and so itself, is never freed. Autograd puts the history back.
+        return tensor.detach()
 
 
 class Graphs(Generic[Graph]):
@@ -65,17 +66,15 @@ class Graphs(Generic[Graph]):
         self.kept_bytes = 0
         self._full = False
 
-    def __iter__(self) -> Iterator[tuple[Graph, bool]]:
-        """Yield each batch's graph and whether it stays, in which case it must be retained."""
+    def __iter__(self) -> Iterator[Graph]:
+        """Yield each batch's graph; it must be retained when it is differentiated."""
         for index, batch in enumerate(self._batches):
             if index < len(self.kept):
-                yield self.kept[index], True
-            elif self._full:
-                yield self._make(batch), False
+                yield self.kept[index]
             else:
-                yield self._first(batch)
+                yield self._make(batch) if self._full else self._first(batch)
 
-    def _first(self, batch: Batch) -> tuple[Graph, bool]:
+    def _first(self, batch: Batch) -> Graph:
         counter = _SavedBytes(self._constants)
         with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
             graph = self._make(batch)
@@ -83,4 +82,4 @@ class Graphs(Generic[Graph]):
         if not self._full:
             self.kept_bytes += counter.bytes
             self.kept.append(graph)
-        return graph, not self._full
+        return graph

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes
+from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
-from sharpscope.tree import Tree, zeros
+from sharpscope.tree import Tree, select, zeros
 
 if TYPE_CHECKING:
     from sharpscope.curvature.gauss_newton import GaussNewton
 
 Matrix = Literal["hessian", "gauss_newton"]
+FREE = (
+    0.02  # share of the weights in and above a layer below which its products cost next to nothing: it is measured well
+)
+
+
+# Names of a layer's tensors and a vector over them -> what one batch adds to the block's product, absent where nothing.
+Part = Callable[[Sequence[str], Tree], Tree]
 
 
 class Operator(Protocol):
-    """A symmetric matrix over the weights, known by its products."""
+    """A symmetric matrix over the weights, known by its products; a sum over the batches of the data."""
+
+    def parts(self) -> Iterator[Part]:
+        """Yield each batch's share of the matrix, in their order, as a function that gives its block products."""
 
     def product(self, v: Tree) -> Tree:
         """Return the matrix times v over all differentiated tensors."""
@@ -83,7 +94,8 @@ class Point:
         self.weights: Tree = {**weights, **self.leaves}
         device = self.leaves[names[0]].device
         self._budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
-        self._graphs = self.graphs_of(self._graph, self._budget)
+        # Not a bound method: a cycle would keep the graphs until the collector runs, and leave the next point no room.
+        self._graphs = self.graphs_of(partial(_graph, objective, self.weights, self.leaves), self._budget)
         self._visit()
 
     def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
@@ -93,7 +105,7 @@ class Point:
     def _visit(self) -> None:
         """Sum loss and gradient over the batches; see which tensors the loss touches."""
         loss, total = 0.0, dict[str, Tensor]()
-        for graph, _ in self._graphs:
+        for graph in self._graphs:
             loss += float(graph.loss)
             for name, tensor in graph.gradient.items():
                 total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
@@ -102,12 +114,18 @@ class Point:
         self.unused = frozenset(self.leaves.keys() - total.keys())
         self.gradient: Tree = {**zeros(self.leaves), **total}
 
-    def _graph(self, batch: Batch) -> _Graph:
-        with torch.enable_grad():
-            loss = self.objective.part(self.weights, batch)
-            found = torch.autograd.grad(loss, list(self.leaves.values()), create_graph=True, allow_unused=True)
-        pairs = zip(self.leaves, found, strict=True)
-        return _Graph(loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None})
+    @cached_property
+    def _above(self) -> dict[str, float]:
+        total = sum(leaf.numel() for leaf in self.leaves.values())
+        below, shares = 0, {}
+        for name, leaf in self.leaves.items():
+            shares[name] = 1 - below / total
+            below += leaf.numel()
+        return shares
+
+    def share_above(self, names: Sequence[str]) -> float:
+        """Return the share of the weights that lie in the layer and above it: what its product walks."""
+        return max(self._above[name] for name in names)
 
     @cached_property
     def gauss_newton(self) -> GaussNewton:
@@ -134,19 +152,30 @@ class Point:
         return self._product(names, v)
 
     def _product(self, names: Sequence[str], v: Tree) -> Tree:
+        total = zeros(select(self.leaves, names))
+        for part in self.parts():
+            total = {**total, **{name: total[name] + image for name, image in part(names, v).items()}}
+        return total
+
+    def parts(self) -> Iterator[Part]:
+        """Yield each batch's share of the Hessian; not counted as products."""
+        for graph in self._graphs:
+            yield partial(self._part, graph)
+
+    def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
+        # A gradient without grad_fn is constant: its row of the Hessian is zero.
+        live = [n for n in names if n in graph.gradient and graph.gradient[n].requires_grad]
+        if not live:
+            return {}
         leaves = [self.leaves[name] for name in names]
-        total = [torch.zeros_like(leaf) for leaf in leaves]
-        for graph, stays in self._graphs:
-            # A gradient without grad_fn is constant: its row of the Hessian is zero.
-            live = [n for n in names if n in graph.gradient and graph.gradient[n].requires_grad]
-            if not live:
-                continue
-            found = torch.autograd.grad(
-                [graph.gradient[name] for name in live],
-                leaves,
-                [v[name] for name in live],
-                retain_graph=stays,
-                allow_unused=True,
-            )
-            total = [t if f is None else t + f for t, f in zip(total, found, strict=True)]
-        return dict(zip(names, total, strict=True))
+        outputs, directions = [graph.gradient[n] for n in live], [v[n] for n in live]
+        found = torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
+        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+
+
+def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> _Graph:
+    with torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
+        loss = objective.part(weights, batch)
+        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return _Graph(loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None})

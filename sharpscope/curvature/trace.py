@@ -3,64 +3,85 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from sharpscope.curvature.estimate import Estimate, Estimates
-from sharpscope.curvature.lanczos import block_of
-from sharpscope.curvature.point import Matrix, Point
+from sharpscope.curvature.point import FREE, Matrix, Part, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, axpy, dot, rademacher, select
+from sharpscope.tree import Tree, dot, rademacher, select, sum_of
+
+OWN_GAIN = (
+    4  # a layer's own draws do the work of so many joint ones; measured 3 to 7 for blocks, far more for small layers
+)
+_Draws = Iterator[Tree]
 
 
 class Tally:
     """Probes of one block and what they tell of its trace.
 
-    The sample variance of the few numbers v'Hv is a poor guide: they are skewed like a chi-square where one eigenvalue
-    rules, and stopping when they happen to agree makes it worse. But each probe also gives the estimate v * (Hv) of the
-    diagonal, weight by weight, and the variance of a sum over a block follows from those of its entries: with
-    E = sum of entry variances = sum over i in the block, j != i of H_ij^2,
+    The matrix is a sum over batches b, and each batch has probes of its own, ``v_b' H_b v_b``: for the same products
+    that has a fraction of the variance of one probe through all batches, as the terms between batches are gone.
 
-    * own probes (zero outside the block): ``Var v'Hv = 2 E`` exactly;
+    The sample variance of a few numbers is a poor guide: they are skewed like a chi-square where one eigenvalue
+    rules, and stopping when they happen to agree makes it worse. But each probe also gives the estimate v * (H_b v) of
+    the diagonal, weight by weight, and the variance of a sum over a block follows from those of its entries: with
+    E = sum of entry variances = sum over b, i in the block, j != i of H_b,ij^2,
+
+    * own probes (zero outside the block): the variance of a draw (a probe of every batch) is ``2 E`` exactly;
     * joint probes: between E (all of it from the cross blocks) and 2 E (none).
 
-    E averages over all weights of the block, so it is good with two or three probes.
+    E averages over all weights of the block, so it is good with two draws. It is taken within batches: what differs
+    between batches is data, not error.
     """
 
     def __init__(self, joint: bool) -> None:
-        self.samples: list[float] = []
         self.joint = joint
-        self._sum: Tree = {}
-        self._squares = 0.0
+        self.samples: list[float] = []  # a draw each
+        self.batches = 0
+        self._squares = 0.0  # within batches: of the entries
+        self._scatter = 0.0  # and of their sums
+        self._freedom = 0
 
-    def add(self, probe: Tree, image: Tree) -> None:
-        """Count a probe and the part of its product that lies in the block."""
-        diagonal = {name: sign * image[name] for name, sign in probe.items()}
-        self.samples.append(dot(probe, image))
-        self._squares += dot(image, image)
-        self._sum = axpy(1.0, diagonal, self._sum) if self._sum else diagonal
+    def add(self, batches: list[tuple[list[float], float]], draws: int) -> None:
+        """Count a pass over all batches: each one's sums of its draws, and squared deviations of their entries."""
+        self.samples += [math.fsum(sums[draw] for sums, _ in batches) for draw in range(draws)]
+        self.batches = len(batches)
+        self._freedom += draws - 1
+        self._squares += math.fsum(squares for _, squares in batches)
+        self._scatter += math.fsum(draws * float(np.var(sums)) for sums, _ in batches)
+
+    @property
+    def probes(self) -> int:
+        """How many probes there were, over draws and batches."""
+        return len(self.samples) * self.batches
 
     @property
     def spread(self) -> float:
-        """E of the class docstring, estimated from two probes or more."""
-        count = len(self.samples)
-        return max(self._squares - dot(self._sum, self._sum) / count, 0.0) / (count - 1)
+        """E of the class docstring."""
+        return self._squares / self._freedom
 
     @property
     def value(self) -> float:
-        """The mean over probes."""
+        """The mean over draws."""
         return math.fsum(self.samples) / len(self.samples)
 
     @property
     def error(self) -> float:
         """The standard error of the value."""
-        spread = self.spread
-        observed = float(np.var(self.samples, ddof=1))
-        variance = min(max(observed, spread), 2 * spread) if self.joint else 2 * spread
+        observed = self._scatter / self._freedom
+        variance = min(max(observed, self.spread), 2 * self.spread) if self.joint else 2 * self.spread
         return math.sqrt(variance / len(self.samples))
+
+    def needed(self, goal: float) -> int:
+        """Return the number of draws at which the error is predicted to be down to the goal."""
+        goal = max(goal, self.error / 100)  # beyond 10,000-fold the count is no matter
+        return math.ceil(len(self.samples) * (self.error / goal) ** 2 * 0.999)
 
 
 @dataclass(frozen=True)
@@ -70,17 +91,19 @@ class Trace:
     One Rademacher probe v over all tensors gives every layer: v_l . (H v)_l is unbiased for tr H_ll, with variance
     2 * (off-diagonal squares of H_ll) + sum over other layers m of ||H_lm||_F^2. The second term drowns a small layer
     beside large ones; such layers get probes of their own, which have the first term only and cost a layer's
-    product. After each round the number of joint probes that minimises the predicted cost is chosen; the cost of a
-    layer's product is taken to be the share of the weights that lie in the layer and above it, as autograd walks no
-    further. The trace of the model is the sum of its layers'. The standard error is that of :class:`Tally`; it is about
-    the probes, on the given images.
+    product. Every batch is probed afresh, see :class:`Tally`: many batches make few draws do.
+
+    After a first pass the number of joint draws that minimises the predicted cost is chosen, and own draws where they
+    are cheaper; the cost of a layer's product is taken to be the share of the weights that lie in the layer and above
+    it, as autograd walks no further. Layers whose product costs next to nothing have own probes from the start. The
+    trace of the model is the sum of its layers'. The standard error is about the probes, on the given images.
 
     Parameters
     ----------
     relative, absolute
         Target of each layer: standard error at most ``relative * |trace|`` or ``absolute * sum of |traces|``.
     first
-        Draws before the first look at the spread, joint and own.
+        Draws before the first look at the spread.
     most
         Largest number of draws, joint and own each; a layer still short of its target is not converged.
     own_cost
@@ -91,7 +114,7 @@ class Trace:
 
     relative: float = 0.05
     absolute: float = 0.005
-    first: int = 3
+    first: int = 2
     most: int = 64
     own_cost: float = 0.5
     matrix: Matrix = "hessian"
@@ -107,77 +130,126 @@ class Trace:
 
     def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:
         """Yield an estimate per layer, then of the model."""
-        final = self._joint(point, layers, seed)
-        draws, floor = len(next(iter(final.values())).samples), self._floor(final)
-        for layer, names in layers.layers.items():
-            if not self._met(final[layer], floor):
-                final[layer] = self._own(point, layer, names, seed, floor)
-            yield layer, self._estimate(final[layer], floor)
-        yield MODEL, self._whole(list(final.values()), draws)
+        joint = {layer: Tally(joint=True) for layer in layers.layers}
+        own = {layer: Tally(joint=False) for layer in layers.layers}
+        free = {layer for layer, names in layers.layers.items() if point.share_above(names) < FREE}
+        order: _Order | None = _Order(self.first, dict.fromkeys(free, min(4 * self.first, self.most)))
+        while order:
+            self._pass(point, layers, seed, order, joint, own)
+            order = self._next(point, layers, joint, own)
+        final = {layer: own[layer] if own[layer].samples else joint[layer] for layer in joint}
+        floor = self._floor(final)
+        for layer, tally in final.items():
+            yield layer, self._estimate(tally, floor)
+        yield MODEL, self._whole(list(final.values()))
 
-    def _joint(self, point: Point, layers: Partition, seed: int) -> dict[str, Tally]:
-        tallies = {layer: Tally(joint=True) for layer in layers.layers}
-        operator, own_costs = point.operator(self.matrix), self._own_costs(point, layers)
-        done, wanted = 0, self.first
-        while done < wanted:
-            probe = rademacher(point.gradient, seed, self.name, done)
-            image = operator.product(probe)
-            for layer, names in layers.layers.items():
-                tallies[layer].add(select(probe, names), select(image, names))
-            done += 1
-            if done == wanted:
-                wanted = self._joint_draws(tallies, done, own_costs)
-        return tallies
+    def _pass(
+        self,
+        point: Point,
+        layers: Partition,
+        seed: int,
+        order: _Order,
+        joint: dict[str, Tally],
+        own: dict[str, Tally],
+    ) -> None:
+        """Draw what is ordered, batch by batch, so that a batch whose graph is not kept needs it once."""
+        done = {"": len(next(iter(joint.values())).samples), **{layer: len(own[layer].samples) for layer in order.own}}
+        found: dict[tuple[str, bool], list[tuple[list[float], float]]] = {}
+        for number, part in enumerate(point.operator(self.matrix).parts()):
 
-    def _own_costs(self, point: Point, layers: Partition) -> dict[str, float]:
-        """Return the predicted cost of each layer's product; by counting weights, so that no clock decides anything."""
-        sizes = {layer: sum(point.leaves[n].numel() for n in names) for layer, names in layers.layers.items()}
-        total, below, costs = sum(sizes.values()), 0, {}
-        for layer, size in sizes.items():
-            costs[layer] = self.own_cost * (total - below) / total
-            below += size
-        return costs
+            def draws(of: str, names: Sequence[str], count: int, number: int = number, part: Part = part) -> _Draws:
+                like = select(point.gradient, names)
+                for draw in range(done[of], done[of] + count):
+                    probe = rademacher(like, seed, self.name, of, draw, number)
+                    image = part(names, probe)
+                    yield {name: probe[name] * image[name] for name in image}
 
-    def _joint_draws(self, tallies: dict[str, Tally], done: int, own_costs: dict[str, float]) -> int:
-        """Return the number of joint draws of least predicted cost; own draws are taken to need half as many."""
-        floor = self._floor(tallies)
-        needed = {layer: self._needed(tally, floor) for layer, tally in tallies.items()}
+            for layer, answer in _entries(draws("", layers.names, order.joint), layers.layers).items():
+                found.setdefault((layer, True), []).append(answer)
+            for layer, count in order.own.items():
+                names = layers.layers[layer]
+                answer = _entries(draws(layer, names, count), {layer: names})[layer]
+                found.setdefault((layer, False), []).append(answer)
+        for (layer, is_joint), batches in found.items():
+            (joint if is_joint else own)[layer].add(batches, order.joint if is_joint else order.own[layer])
+        self._count(point, order)
+
+    def _count(self, point: Point, order: _Order) -> None:
+        blocks = sum(order.own.values())
+        if self.matrix == "hessian":
+            point.counts.update({"whole_products": order.joint, "block_products": blocks})
+        else:
+            point.counts["gauss_newton_products"] += order.joint + blocks
+
+    def _next(self, point: Point, layers: Partition, joint: dict[str, Tally], own: dict[str, Tally]) -> _Order | None:
+        """Return what to draw now; None if all targets are met or cannot be."""
+        current = {layer: own[layer] if own[layer].samples else joint[layer] for layer in joint}
+        floor = self._floor(current)
+        short = {layer: t.needed(self._goal(t, floor)) for layer, t in current.items() if not self._met(t, floor)}
+        mine = {layer: need for layer, need in short.items() if own[layer].samples}
+        shared = {layer: need for layer, need in short.items() if layer not in mine}
+        done = len(next(iter(joint.values())).samples)
+        wanted = self._joint_draws(point, layers, shared, done)
+        mine |= {layer: max(self.first, math.ceil(need / OWN_GAIN)) for layer, need in shared.items() if need > wanted}
+        more = {layer: min(need, self.most) - len(own[layer].samples) for layer, need in mine.items()}
+        more = {layer: count for layer, count in more.items() if count > 0}
+        return _Order(wanted - done, more) if more or wanted > done else None
+
+    def _joint_draws(self, point: Point, layers: Partition, needed: dict[str, int], done: int) -> int:
+        """Return the number of joint draws of least predicted cost."""
+        costs = {layer: self.own_cost * point.share_above(layers.layers[layer]) for layer in needed}
 
         def cost(draws: int) -> float:
-            own = (own_costs[layer] * max(n / 2, self.first) for layer, n in needed.items() if n > draws)
-            return draws + sum(own)
+            return draws + sum(costs[layer] * max(n / OWN_GAIN, self.first) for layer, n in needed.items() if n > draws)
 
         return min((max(done, min(count, self.most)) for count in (done, *needed.values())), key=cost)
-
-    def _needed(self, tally: Tally, floor: float) -> int:
-        """Return the number of draws at which the target is predicted to be met."""
-        error = tally.error
-        goal = max(self.relative * abs(tally.value), floor, error / 100)  # beyond 10,000-fold the count is no matter
-        return len(tally.samples) if error <= goal else math.ceil(len(tally.samples) * (error / goal) ** 2)
-
-    def _own(self, point: Point, layer: str, names: tuple[str, ...], seed: int, floor: float) -> Tally:
-        like, tally = select(point.gradient, names), Tally(joint=False)
-        product = block_of(point, self.matrix, layer, names)
-        while len(tally.samples) < self.first or (len(tally.samples) < self.most and not self._met(tally, floor)):
-            probe = rademacher(like, seed, self.name, layer, len(tally.samples))
-            tally.add(probe, product(probe))
-        return tally
 
     def _floor(self, tallies: dict[str, Tally]) -> float:
         return self.absolute * math.fsum(abs(tally.value) for tally in tallies.values())
 
+    def _goal(self, tally: Tally, floor: float) -> float:
+        return max(self.relative * abs(tally.value), floor)
+
     def _met(self, tally: Tally, floor: float) -> bool:
-        return tally.error <= max(self.relative * abs(tally.value), floor)
+        return tally.error <= self._goal(tally, floor)
 
     def _estimate(self, tally: Tally, floor: float) -> Estimate:
-        samples = np.array(tally.samples)
-        return Estimate(tally.value, tally.error, len(samples), self._met(tally, floor), samples)
+        return Estimate(tally.value, tally.error, tally.probes, self._met(tally, floor), np.array(tally.samples))
 
-    def _whole(self, tallies: list[Tally], draws: int) -> Estimate:
+    def _whole(self, tallies: list[Tally]) -> Estimate:
         """Return the sum over layers: own estimates are independent, joint ones share their probes."""
         value = math.fsum(tally.value for tally in tallies)
-        joint = 2 * math.fsum(tally.spread for tally in tallies if tally.joint) / draws
+        shared = [tally for tally in tallies if tally.joint]
+        joint = 2 * math.fsum(tally.spread / len(tally.samples) for tally in shared)
         error = math.sqrt(joint + math.fsum(tally.error**2 for tally in tallies if not tally.joint))
-        shared = [tally.samples for tally in tallies] if all(tally.joint for tally in tallies) else []
-        sums = np.array([math.fsum(parts) for parts in zip(*shared, strict=True)])
-        return Estimate(value, error, draws, error <= self.relative * abs(value), sums)
+        # Draws of the whole: the joint layers' together, on top of what the others came to.
+        rest = math.fsum(tally.value for tally in tallies if not tally.joint)
+        sums = [rest + math.fsum(parts) for parts in zip(*(tally.samples for tally in shared), strict=True)]
+        probes = min(tally.probes for tally in tallies)
+        return Estimate(value, error, probes, error <= self.relative * abs(value), np.array(sums or [value]))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Draws to make: joint ones, and own ones by layer."""
+
+    joint: int
+    own: dict[str, int]
+
+
+def _entries(draws: _Draws, layers: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[float], float]]:
+    """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean."""
+    sums: dict[str, list[float]] = {layer: [] for layer in layers}
+    squares, total = dict.fromkeys(layers, 0.0), dict[str, Tensor]()
+    for diagonal in draws:
+        for layer, names in layers.items():
+            here = {name: diagonal[name] for name in names if name in diagonal}
+            sums[layer].append(sum_of(here))
+            squares[layer] += dot(here, here)
+        total = {name: total[name] + entry if name in total else entry for name, entry in diagonal.items()}
+    found = {}
+    for layer, names in layers.items():
+        if sums[layer]:
+            mine = {name: total[name] for name in names if name in total}
+            found[layer] = (sums[layer], max(squares[layer] - dot(mine, mine) / len(sums[layer]), 0.0))
+    return found

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpscope.batches import as_batch
 from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
-from sharpscope.data import as_batch
 from sharpscope.errors import DataError, ModelError
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
@@ -48,7 +48,7 @@ class SharpnessProbe:
     Parameters
     ----------
     batches
-        Labelled data, read and copied now: pairs or mappings, see :func:`sharpscope.data.as_batch`.
+        Labelled data, read and copied now: pairs or mappings, see :func:`sharpscope.batches.as_batch`.
     measure
         Default: the Hessian trace of every layer with few probes.
 

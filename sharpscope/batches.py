@@ -1,0 +1,94 @@
+"""What a loader yields, as inputs and class numbers; anything else is refused by the place it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from sharpscope.errors import DataError
+from sharpscope.objective import Batch
+
+IMAGE_KEYS = ("image", "images", "pixel_values")
+LABEL_KEYS = ("label", "labels", "cls")
+_FORM = f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}"
+
+
+def as_batch(item: Any, name: str, index: int) -> Batch:
+    """Return inputs and targets of what a loader gave: a pair or a mapping with the usual keys.
+
+    Raises
+    ------
+    DataError
+        If there is no label, the label is no class number, the lengths differ, the inputs are no tensor, or one is
+        not finite.
+    """
+    where = f"batch {index} of {name!r}"
+    inputs, targets = _pair(item, where)
+    x, y = _tensor(inputs, "images", where), _tensor(targets, "labels", where)
+    if fault := _label_fault(y):
+        raise DataError(f"{where} has targets {tuple(y.shape)} {y.dtype}, {fault[0]}", fault[1])
+    if not x.ndim or len(x) != len(y):
+        raise DataError(
+            f"{where} has inputs {tuple(x.shape)} and targets {tuple(y.shape)}",
+            "one integer class per example: targets of shape (n,)",
+        )
+    _check_finite(x, where)
+    return Batch(x, y.long())
+
+
+def _pair(item: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        inputs = next((item[key] for key in IMAGE_KEYS if key in item), None)
+        targets = next((item[key] for key in LABEL_KEYS if key in item), None)
+        found = f"a mapping with keys {sorted(map(str, item))}"
+    else:
+        inputs, targets = item if isinstance(item, tuple | list) and len(item) == 2 else (None, None)
+        found = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+    if inputs is None or targets is None:
+        raise DataError(f"{where} is {found}, without labels; accuracy and loss are measured, which need them", _FORM)
+    return inputs, targets
+
+
+def _tensor(values: Any, what: str, where: str) -> Tensor:
+    first = values[0] if isinstance(values, list | tuple) and values else values
+    try:
+        if isinstance(first, Image):  # it would make a tensor, of raw pixels
+            raise TypeError
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{where} has {what} of type {type(first).__name__}, which make no tensor",
+            "for pictures: sharpscope.images(dataset, model), which preprocesses them"
+            if what == "images"
+            else "class numbers, with the names in Split(loader, name, classes=[...])",
+        ) from error
+
+
+def _label_fault(targets: Tensor) -> tuple[str, str] | None:
+    """Return what is wrong with labels and the way out."""
+    shape = targets.shape
+    if targets.ndim == 0:
+        return "a single example", "batches: DataLoader(dataset, batch_size=64)"
+    if targets.ndim == 2 and shape[1] > 1 and bool(((targets == 0) | (targets == 1)).all()):
+        one_hot = bool((targets.sum(dim=1) == 1).all())
+        return ("one-hot", "class numbers: y.argmax(dim=1)") if one_hot else ("several labels an image", "one each")
+    if targets.is_floating_point():
+        return "no whole numbers by type", "one integer class per example: y.long(), if they are class numbers"
+    if targets.ndim == 2 and shape[1] == 1:
+        return "a column", "one integer class per example, of shape (n,): y.squeeze(1)"
+    return None if targets.ndim == 1 else ("too many axes", "one integer class per example, of shape (n,)")
+
+
+def _check_finite(inputs: Tensor, where: str) -> None:
+    if not inputs.is_floating_point() or bool(inputs.isfinite().all()):
+        return
+    bad = ~inputs.isfinite().reshape(len(inputs), -1).all(dim=1)
+    raise DataError(
+        f"{where} holds NaN or infinities in {int(bad.sum())} of {len(inputs)} examples, the first at place "
+        f"{int(bad.nonzero()[0, 0])}",
+        "check the preprocessing (a division by a zero deviation?) and the files",
+    )

@@ -1,0 +1,96 @@
+"""Labelled images from wherever they are: a folder, a webdataset, a data set object, a function of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sharpscope import factory
+from sharpscope.classnames import ClassNames
+from sharpscope.collection import Choice
+from sharpscope.data import Split, as_split
+from sharpscope.errors import UsageError
+from sharpscope.folders import image_folder
+from sharpscope.pictures import UNREADABLE
+from sharpscope.rows import is_table, table_collection
+from sharpscope.webdataset import webdataset_collection
+
+WEBDATASET = "wds:"
+
+
+def is_folder(ref: str) -> bool:
+    """Return whether a reference means a directory with a folder per class."""
+    return not ref.startswith((WEBDATASET, factory.PREFIX))
+
+
+def images(
+    source: Any,
+    model: Any,
+    *,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    classnames: ClassNames | None = None,
+    subset: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_unreadable: float = UNREADABLE,
+    progress: bool | None = None,
+) -> Split:
+    """Return labelled images as a split, preprocessed as the model wants them.
+
+    Parameters
+    ----------
+    source
+        A directory with a folder per class; ``wds:DIR`` or ``wds:PATTERN``, tar archives in the layout of
+        CLIP_benchmark; ``py:pkg.mod:factory``, a function that is given the model if it takes one, and returns any of
+        these or a loader; a ``datasets`` object; any loader of ready batches.
+    model
+        What :func:`sharpscope.load` returned, or any callable from a PIL image to a tensor. Not used for loaders.
+    name
+        For rows and messages.
+    classes
+        The ID data's classes, ``id_.classes``: those found here are mapped to them by name, classes that do not occur
+        are masked. Default: the source's own classes.
+    classnames
+        Words of class folders (:func:`sharpscope.classnames.read_classnames`), or of labels.
+    subset
+        Leave out what is none of ``classes`` instead of refusing it; said in the notes.
+    limit, seed
+        Most images, as even over the classes as they allow, drawn with the seed.
+    batch_size
+        Images read at once.
+    max_unreadable
+        Share of the images that may be left out because they cannot be decoded.
+    progress
+        False: no bar while a long reading goes on.
+
+    Raises
+    ------
+    UsageError, DataError
+        See :func:`sharpscope.folder`; naming what cannot be measured on and the way out.
+    """
+    choice = Choice(classes, subset, limit, seed, batch_size, max_unreadable, progress)
+    return _read(source, model, name, classnames, choice)
+
+
+def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | None, choice: Choice) -> Split:
+    if isinstance(source, str) and source.startswith(factory.PREFIX):
+        title = name or source.rpartition(":")[2]
+        return _read(factory.made(source, model), model, title, classnames, choice)
+    if isinstance(source, str) and source.startswith(WEBDATASET):
+        return webdataset_collection(source.removeprefix(WEBDATASET), name, classnames).split(model, choice)
+    if isinstance(source, str | Path):
+        subset = choice.subset and choice.classes is not None
+        return image_folder(source, name, classnames, subset=subset).split(model, choice)
+    if is_table(source):
+        return table_collection(source, name, classnames).split(model, choice)
+    return _loader(source, name or getattr(source, "name", None) or "data", choice)
+
+
+def _loader(loader: Any, name: str, choice: Choice) -> Split:
+    """Return ready batches as a split, their classes matched by name where they have names."""
+    if choice.limit is not None:
+        raise UsageError(f"{name!r} is a loader: limit={choice.limit} chooses among pictures", "choose in the loader")
+    return as_split(loader, name, progress=choice.progress).named(name).numbered_as(choice.classes)

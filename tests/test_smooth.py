@@ -1,0 +1,78 @@
+"""Closed-form second derivatives of activations and norms against autograd's own, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.curvature.smooth import smooth
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Mixed(nn.Module):
+    """A product by 1.702 and a sigmoid that are no QuickGELU."""
+
+    def forward(self, x):
+        return (1.702 * x) * torch.sigmoid(x) + torch.sigmoid(1.702 * x) * x.flip(-1)
+
+
+def affine_norm():
+    norm = nn.LayerNorm(6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+MIDDLES = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick": QuickGelu,
+    "mixed": Mixed,
+    "norm": affine_norm,
+    "norm_without_bias": lambda: nn.LayerNorm(6, bias=False),
+    "norm_without_weights": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "norm_over_two_axes": lambda: nn.LayerNorm((5, 6)),
+}
+
+
+def derivatives(net, x, v, on):
+    """Return loss, gradient and the Hessian's product with v."""
+    weights = list(net.parameters())
+    with smooth(on=on):
+        loss = net(x).pow(3).mean()
+        gradient = torch.autograd.grad(loss, weights, create_graph=True)
+    return loss, *gradient, *torch.autograd.grad(gradient, weights, v)
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_hessian_products_are_those_of_autograd(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), MIDDLES[name](), nn.Linear(6, 6), MIDDLES[name](), nn.Linear(6, 2)).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    v = [torch.randn_like(p) for p in net.parameters()]
+    for mine, plain in zip(derivatives(net, x, v, True), derivatives(net, x, v, False), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "quick", "norm"])
+def test_the_routes_are_taken(name):
+    """Else the test above would compare autograd with itself."""
+    net = nn.Sequential(nn.Linear(4, 6), MIDDLES[name]())
+    with smooth():
+        taken = type(net(torch.randn(3, 4)).grad_fn).__name__
+    assert taken in ("_ActivationBackward", "_NormBackward")
+
+
+def test_gradients_by_the_input_and_of_weights_that_are_constant_are_right():
+    norm = affine_norm().double().requires_grad_(False)
+    x, g = (torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(3, 6, dtype=torch.float64)
+    found = []
+    for on in (True, False):
+        with smooth(on=on):
+            (slope,) = torch.autograd.grad(norm(x), x, g, create_graph=True)
+        found.append(torch.autograd.grad(slope, (x, g), v))
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-13)
