@@ -22,6 +22,7 @@ app = typer.Typer(
     name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
 )
 OUT = "sharpscope-report"
+REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 INTERRUPTED = 130
 _NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
 
@@ -96,8 +97,11 @@ def demo(
 @guarded
 def report(
     folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan: write its page again.")] = None,
-    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")] = None,
+    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help=REF)] = None,
     fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same CLIP, fine-tuned.")] = None,
+    convert: Annotated[
+        str | None, typer.Option(metavar="no|auto", help="Convert between open_clip and transformers; exact.")
+    ] = None,
     id: Annotated[str | None, typer.Option(metavar="DIR", help="ID images, one folder per class.")] = None,
     ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="An OOD set; repeatable.")] = None,
     sharpness_on: Annotated[
@@ -164,7 +168,7 @@ def _again(folder: str, besides: list[str]) -> None:
 @app.command(short_help="Show what the layers of a model are.")
 @guarded
 def layers(
-    model: Annotated[str, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")],
+    model: Annotated[str, typer.Option(metavar="REF", help=REF)],
     granularity: Granular = None,
 ) -> None:
     """Print which tensors of a model form which layer; no data, no compute."""

@@ -15,7 +15,7 @@ from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.folders import class_folders, folder, read_classnames
 from sharpscope.measures import Measure, measures_from
-from sharpscope.models import ClipModel, load, read_templates
+from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.plan import Plan, alphas_from, prepare
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
@@ -26,8 +26,8 @@ from sharpscope.scanner import scan
 class Material:
     """What the references of the settings stand for."""
 
-    zero_shot: ClipModel
-    fine_tuned: ClipModel
+    zero_shot: ClipModel | LogitsModel
+    fine_tuned: ClipModel | LogitsModel
     id: Split
     ood: dict[str, Split]
     sharpness_on: Split | None
@@ -38,16 +38,18 @@ def material(chosen: Settings) -> Material:
     templates = None if chosen.templates is None else read_templates(chosen.templates)
     # One map for all sets: a file with a line per folder names the ID folders, and a subset has fewer.
     words = None if chosen.classnames is None else read_classnames(chosen.classnames, [*class_folders(chosen.id)])
-    zero_shot = load(chosen.zero_shot, templates=templates)
+    zero_shot, fine_tuned = load_pair(
+        chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
+    )
 
     def read(place: str, name: str, classes: Sequence[str] | None = None) -> Split:
-        subset = chosen.subset and classes is not None
+        subset = chosen.subset and place != chosen.id
         return folder(place, zero_shot, name=name, classes=classes, classnames=words, subset=subset)
 
-    id_split = read(chosen.id, "id")
+    id_split = read(chosen.id, "id", getattr(zero_shot, "classes", None))
     return Material(
         zero_shot=zero_shot,
-        fine_tuned=load(chosen.fine_tuned, templates=templates),
+        fine_tuned=fine_tuned,
         id=id_split,
         ood={name: read(place, name, id_split.classes) for name, place in chosen.ood.items()},
         sharpness_on=read(chosen.sharpness_on, "sharpness", id_split.classes) if chosen.sharpness_on else None,
