@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -16,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "made-from"
-SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt", ".ci/loops.txt")
+LIBRARIES = ROOT / ".libraries"
+SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt", ".ci/loops.txt", ".ci/libraries.txt")
 
 
 def made_from() -> str:
@@ -42,7 +44,7 @@ def install() -> None:
     print("installing into .venv (once; torch is large)", flush=True)
     pip("-c", "constraints.txt", "-e", ".[clip,dev]")
     # Two of the rivals ask for torchvision, which beside a CPU build of torch breaks transformers.
-    pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt")
+    pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt", ".ci/libraries.txt")
 
 
 def main() -> None:
