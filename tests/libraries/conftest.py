@@ -5,10 +5,13 @@ A crutch for test machines that lets such a torchvision be imported beside a CPU
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # what the other tests are made of
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("open_clip") is None and os.environ.get("CI"):
