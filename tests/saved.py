@@ -40,7 +40,9 @@ def moved(network: Any, seed: int = 1, by: float = 0.02) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += by * (parameter.square().mean().sqrt() + 0.1) * torch.randn(parameter.shape, generator=generator)
+            parameter += (
+                by * (parameter.square().mean().sqrt() + 0.1) * torch.randn(parameter.shape, generator=generator)
+            )
     return network
 
 
@@ -177,7 +179,9 @@ def vit(root: Path, *, old: bool = False) -> Saved:
 
 _OLD_VIT = (
     (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
-    (r"\.attention\.([qkv])_proj\.", lambda m: f".attention.attention.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),

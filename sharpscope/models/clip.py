@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from pathlib import Path
@@ -17,7 +16,15 @@ from sharpscope.models.conversion import CONVERSIONS
 from sharpscope.models.library import ClipLibrary
 from sharpscope.models.openclip import OpenClip, as_own
 from sharpscope.models.tensors import Renamed, stored_head, without_head
-from sharpscope.models.transfer import check_same_library, library_of, load_into, own_names
+from sharpscope.models.transfer import (
+    check_same_library,
+    library_of,
+    load_into,
+    lone_tower,
+    may_be_absent,
+    of_tower,
+    own_names,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -150,9 +157,13 @@ class ClipModel:
         if isinstance(self.library, OpenClip):
             bare = as_own(bare, self.network)
         names = own_names(own, bare)
-        optional, notes = _absent_tower(names, name, self.name)
+        notes: tuple[str, ...] = ()
+        if (tower := lone_tower(names)) is not None:
+            names = {own_name: names[own_name] for own_name in of_tower(names, tower)}
+            notes = (f"{name} holds one tower only, {tower}; the rest is that of {self.name}",)
         library = copy(self.library)
         library.network = deepcopy(self.network)
+        optional = may_be_absent(own, tower)
         load_into(library.network, Renamed(bare, names), where or name, optional=optional)
         return ClipModel(name, library, self.templates, where=where, stored_head=head, notes=notes)
 
@@ -163,18 +174,6 @@ class ClipModel:
             f"CLIP {self.name} ({self.library.name}): {size:,} weights, {height} x {width} pixels, "
             f"{len(self.templates)} templates"
         )
-
-
-def _absent_tower(names: Mapping[str, str], name: str, base: str) -> tuple[str | None, tuple[str, ...]]:
-    """Return the pattern of names that a checkpoint of one tower may lack, and what to say about it."""
-    image = r"(vision_model\.|visual\.|visual_projection\.)"
-    inside = [re.match(image, n) is not None for n in names if not n.startswith("logit_")]
-    if not inside or (any(inside) and not all(inside)):
-        return r"^logit_bias$", ()
-    kept, absent = (
-        ("text", rf"^(?!{image})|^visual_projection\.") if all(inside) else ("image", rf"^{image}|^text_proj")
-    )
-    return absent, (f"{name} holds one tower only; the {kept} tower is that of {base}",)
 
 
 @torch.no_grad()

@@ -232,11 +232,11 @@ def _open_clip(reference: Reference, templates: tuple[str, ...]) -> ClipModel:
     if reference.file is None:
         return _clip(reference, openclip.read_tag(reference.name, reference.weights), templates)
     tensors = read_tensors(reference.file)
-    library, image_only = openclip.read_file(reference.name, without_head(tensors), reference.file)
+    library, lone = openclip.read_file(reference.name, without_head(tensors), reference.file)
     found = _clip(reference, library, templates, tensors)
-    if image_only and found.stored_head is None:
+    if lone and found.stored_head is None:
         raise ModelError(
-            f"{reference.file} holds an image tower only, and no head",
+            f"{reference.file} holds one tower only, and no head",
             "sharpscope.load(FILE, like=MODEL), or both towers",
         )
     return found

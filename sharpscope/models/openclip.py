@@ -17,7 +17,7 @@ from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line, library
 from sharpscope.models.library import module_facts, plain
 from sharpscope.models.tensors import Renamed
-from sharpscope.models.transfer import check_finite_weights, library_of, load_into
+from sharpscope.models.transfer import check_finite_weights, library_of, load_into, lone_tower, may_be_absent, of_tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 CONFIG = "open_clip_config.json"
 _TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer.", "ln_final.")
-# What a file of one image tower leaves out, and what open_clip fills in itself.
-_IMAGE_ONLY = r"^(?!visual\.)"
 
 
 def _visual(towers: Any, images: Tensor) -> Tensor:
@@ -181,7 +179,7 @@ def read_tag(name: str, tag: str) -> OpenClip:
 
 
 def read_file(name: str, tensors: Mapping[str, Tensor], where: Path) -> tuple[OpenClip, bool]:
-    """Return a model of a named configuration with these weights, and whether they held its image tower only."""
+    """Return a model of a named configuration with these weights, and whether they held one of its towers only."""
     check_name(name)
     return _filled(_untrained(name, name), tensors, name, where)
 
@@ -200,9 +198,11 @@ def read_directory(where: Path, tensors: Mapping[str, Tensor]) -> OpenClip:
 
 def _filled(network: Any, tensors: Mapping[str, Tensor], config: str, where: Path) -> tuple[OpenClip, bool]:
     weights = as_own(tensors, network)
-    image_only = not any(not name.startswith(("visual.", "logit_")) for name in weights)
-    load_into(network, weights, where, optional=_IMAGE_ONLY if image_only else r"^logit_bias$")
-    return OpenClip(network.float().eval(), config), image_only
+    tower = lone_tower(weights)
+    if tower == "visual":  # what else is there is left over from a text tower
+        weights = Renamed(weights, {name: name for name in of_tower(weights, tower)})
+    load_into(network, weights, where, optional=may_be_absent(network.state_dict(), tower))
+    return OpenClip(network.float().eval(), config), tower is not None
 
 
 def as_own(tensors: Mapping[str, Tensor], network: Any) -> Mapping[str, Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import MismatchError, ModelError
+from sharpscope.naming import places
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALF)
@@ -60,7 +60,31 @@ def check_same_library(first: Mapping[str, object], second: Mapping[str, object]
     )
 
 
-def load_into(network: nn.Module, tensors: Mapping[str, Tensor], where: object, *, optional: str | None = None) -> None:
+def lone_tower(names: Collection[str]) -> str | None:
+    """Return ``"visual"`` or ``"text"`` if there are blocks of that tower only, else None.
+
+    WiSE-FT deletes the blocks of the text tower and keeps its embeddings: that is an image tower.
+    """
+    found = (places(names) or {}).values()
+    towers = {place.tower for place in found if place.kind == "block"}
+    return next(iter(towers)) if len(towers) == 1 else None
+
+
+def of_tower(names: Collection[str], tower: str) -> set[str]:
+    """Return the names that belong to a tower, and the scale."""
+    return {name for name, place in (places(names) or {}).items() if place.tower in (tower, "logit_scale")}
+
+
+def may_be_absent(names: Collection[str], tower: str | None) -> set[str]:
+    """Return what a checkpoint of one tower, or of all if None, may leave out: the rest and its projection."""
+    if tower is None:
+        return {"logit_bias"}
+    return {name for name, place in (places(names) or {}).items() if place.tower != tower or place.kind == "proj"}
+
+
+def load_into(
+    network: nn.Module, tensors: Mapping[str, Tensor], where: object, *, optional: Collection[str] = ()
+) -> None:
     """Copy the tensors into the network in its own precision, one at a time.
 
     Parameters
@@ -72,7 +96,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], where: object, 
     where
         For messages.
     optional
-        Pattern of names that may be absent and keep their values.
+        Names that may be absent and keep their values.
 
     Raises
     ------
@@ -83,9 +107,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], where: object, 
     """
     own = network.state_dict()
     kind = type(network).__name__
-    lacking = [
-        n for n in own if n not in tensors and not _DROPPED.search(n) and not (optional and re.match(optional, n))
-    ]
+    lacking = [name for name in own if name not in tensors and name not in optional and not _DROPPED.search(name)]
     if lacking:
         raise ModelError(
             f"{where} lacks {len(lacking)} weights of a {kind} ({lacking[0]}, ...)",
@@ -153,9 +175,3 @@ def own_names(names: Collection[str], tensors: Collection[str]) -> dict[str, str
         if all(f"{prefix}{name}" in names or _DROPPED.search(name) for name in tensors):
             return {f"{prefix}{name}": name for name in tensors}
     return {name: name for name in tensors}
-
-
-def absolute(where: str) -> Path | None:
-    """Return where a model lies on this disk, None if it is a name on the hub."""
-    place = Path(where).expanduser()
-    return place.resolve() if place.exists() else None

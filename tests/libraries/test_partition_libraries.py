@@ -61,11 +61,10 @@ def test_every_configuration_that_builds_offline_is_fully_classified():
 
 def sizes(network):
     shapes = {name: tensor.numel() for name, tensor in network.named_parameters()}
+    found = {granularity: ss.layers(network, granularity).layers for granularity in ("tower", "block", "part")}
     return {
-        granularity: {
-            layer: sum(shapes[name] for name in names) for layer, names in ss.layers(network, granularity).layers.items()
-        }
-        for granularity in ("tower", "block", "part")
+        granularity: {layer: sum(shapes[name] for name in names) for layer, names in layers.items()}
+        for granularity, layers in found.items()
     }
 
 
