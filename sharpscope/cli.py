@@ -178,6 +178,22 @@ def layers(
     typer.echo(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
 
 
+@app.command(short_help="Rewrite weights as safetensors.")
+@guarded
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FILE|DIR", help="Weights.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    to: Annotated[str | None, typer.Option(metavar="open_clip|transformers", help="Names of that library.")] = None,
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Unpickle a whole module: runs code from the file.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint as safetensors: from a pickled module, or under another library's names."""
+    from sharpscope.commands.convert import convert as written
+
+    typer.echo(f"{written(Path(source), Path(out), to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
+
+
 @app.command(short_help="Check this installation.")
 @guarded
 def doctor() -> None:

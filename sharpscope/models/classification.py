@@ -95,7 +95,7 @@ class LogitsModel:
         if convert:
             raise UsageError("convert is for CLIPs of open_clip and transformers", "leave it out")
         network = deepcopy(self.network)
-        check_same_library(network.state_dict(), tensors, ("zero-shot", "fine-tuned"))
+        check_same_library(network.state_dict(), tensors, (self.name, name))
         load_into(network, tensors, where or name)
         return LogitsModel(
             name,

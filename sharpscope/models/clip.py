@@ -24,6 +24,7 @@ from sharpscope.models.transfer import (
     may_be_absent,
     of_tower,
     own_names,
+    prefixed,
 )
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class ClipModel:
         head, bare = stored_head(tensors), cast(Mapping[str, Tensor], without_head(tensors))
         own = self.network.state_dict()
         if convert and library_of(bare)[0] not in ("", self.library.name):
-            bare = CONVERSIONS[self.library.name](bare)
-        check_same_library(own, bare, ("zero-shot", "fine-tuned"))
+            bare = CONVERSIONS[self.library.name](Renamed(bare, prefixed(bare)))
+        check_same_library(own, bare, (self.name, name))
         if isinstance(self.library, OpenClip):
             bare = as_own(bare, self.network)
         names = own_names(own, bare)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -204,15 +207,27 @@ def _saved_by_torch(file: Path) -> dict[str, Callable[[], Tensor]]:
     return {str(key): tensor.detach for key, tensor in stored.items()}
 
 
+def _loaded(file: Path, device: str, *, mapped: bool) -> Any:
+    """Return what ``torch.save`` wrote, if it needs no code but ``argparse.Namespace``, which training loops put in."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore", UserWarning)  # that a file is of an unusual pickle protocol
+        return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+
+
 def _unpickled(file: Path) -> dict[str, Any]:
     try:
         try:  # mapped: a page is read when its tensor is
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = _loaded(file, "cpu", mapped=True)
         except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            found = _loaded(file, "cpu", mapped=False)
     except pickle.UnpicklingError as error:
-        raise pickled(file) from error
+        raise _pickled(file, error) from error
     except _UNREADABLE as error:
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"{file} is a TorchScript archive, a program, as OpenAI's original files are",
+                "oc:NAME/openai; or, if you trust its source: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+            ) from error
         raise ModelError(f"{file} cannot be read: {first_line(error)}", _AGAIN) from error
     if not isinstance(found, dict):
         raise ModelError(
@@ -224,7 +239,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
 def is_pickled_code(file: Path) -> bool:
     """Return whether loading the file would run code from it, without running any."""
     try:
-        torch.load(file, map_location="meta", weights_only=True)
+        _loaded(file, "meta", mapped=False)
     except pickle.UnpicklingError:
         return True
     except _UNREADABLE:
@@ -232,10 +247,11 @@ def is_pickled_code(file: Path) -> bool:
     return False
 
 
-def pickled(file: Path) -> ModelError:
-    """Return the refusal of a file that is code."""
+def _pickled(file: Path, error: BaseException) -> ModelError:
+    needed = re.search(r"GLOBAL (\S+)", str(error))
     return ModelError(
-        f"{file} is a pickled module, not tensors; loading it would run code from the file",
+        f"{file} is a pickled module, not tensors; loading it would run code from the file"
+        + (f" (it calls {needed[1]})" if needed else ""),
         f"sharpscope convert {file} --unsafe-pickle --out {file.with_suffix('.safetensors').name}   "
         "(only if you trust its source), or save it where it was trained: torch.save(model.state_dict(), FILE)",
     )

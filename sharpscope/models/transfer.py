@@ -70,6 +70,13 @@ def lone_tower(names: Collection[str]) -> str | None:
     return next(iter(towers)) if len(towers) == 1 else None
 
 
+def prefixed(names: Collection[str]) -> dict[str, str]:
+    """Return name in a whole model of transformers -> name, for those of a bare tower of it."""
+    bare = any(name.startswith("embeddings.") for name in names)
+    prefix = f"{'text' if lone_tower(names) == 'text' else 'vision'}_model." if bare else ""
+    return {f"{prefix}{name}": name for name in names}
+
+
 def of_tower(names: Collection[str], tower: str) -> set[str]:
     """Return the names that belong to a tower, and the scale."""
     return {name for name, place in (places(names) or {}).items() if place.tower in (tower, "logit_scale")}
