@@ -10,7 +10,7 @@ from types import ModuleType
 from sharpscope.errors import UsageError
 
 _EXTRA = {"transformers": "clip", "open_clip": "openclip", "timm": "timm"}
-_TORCHVISION_FIX = (
+TORCHVISION_FIX = (
     "pip uninstall torchvision (transformers and sharpscope need none), or install the one made for this torch"
 )
 
@@ -43,7 +43,7 @@ def library(name: str, member: str | None = None) -> ModuleType:
 
 def _broken(name: str, error: BaseException) -> UsageError:
     if (reason := torchvision_mismatch()) is not None:
-        return UsageError(f"{name} cannot be imported: {reason}", _TORCHVISION_FIX)
+        return UsageError(f"{name} cannot be imported: {reason}", TORCHVISION_FIX)
     return UsageError(f"{name} cannot be imported: {first_line(error)}", f"pip install --upgrade {name}")
 
 
