@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
-from sharpscope.models.installed import TORCHVISION_FIX, library, torchvision_mismatch
+from sharpscope.models.installed import TORCHVISION_FIX, imported, torchvision_mismatch
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, axpy, dot, gaussian, norm, scaled
 
@@ -108,7 +108,7 @@ def _reader(name: str, member: str | None) -> Check:
     if version is None:
         return Check(name, "not installed; only its own models need it")
     try:
-        library(name, member)
+        imported(name, member)
     except UsageError as error:
         return Check(name, f"{version}: {error.problem}", False)
     return Check(name, f"{version}, {member or name} can be imported", True)

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sharpscope.errors import ModelError
-from sharpscope.models.installed import first_line, library
+from sharpscope.models.installed import first_line, imported
 from sharpscope.models.tensors import is_pickled_code, read_tensors
 from sharpscope.models.transfer import check_finite_weights
 
@@ -35,7 +35,7 @@ _UNREADABLE = (
 
 def transformers() -> ModuleType:
     """Return the library; ``UsageError`` if it is not installed or cannot import its CLIP."""
-    return library("transformers", "CLIPModel")
+    return imported("transformers", "CLIPModel")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ TORCHVISION_FIX = (
 )
 
 
-def library(name: str, member: str | None = None) -> ModuleType:
+def imported(name: str, member: str | None = None) -> ModuleType:
     """Return the library, after importing a member of it that transformers would import lazily.
 
     Raises

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import ModelError, UsageError
-from sharpscope.models.installed import first_line, library
+from sharpscope.models.installed import first_line, imported
 from sharpscope.models.library import module_facts, plain
 from sharpscope.models.tensors import Renamed
 from sharpscope.models.transfer import check_finite_weights, library_of, load_into, lone_tower, may_be_absent, of_tower
@@ -48,7 +48,7 @@ class OpenClip:
     def tokenizer(self) -> Any:
         """The tokenizer of open_clip; ``ModelError`` if its vocabulary cannot be had."""
         try:
-            return library("open_clip").get_tokenizer(self._config)
+            return imported("open_clip").get_tokenizer(self._config)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(
                 f"the tokenizer of {self._config} cannot be read: {first_line(error)}",
@@ -58,7 +58,7 @@ class OpenClip:
     @cached_property
     def image_processor(self) -> Any:
         """The preprocessing of open_clip for evaluation."""
-        made = library("open_clip").transform
+        made = imported("open_clip").transform
         return made.image_transform_v2(made.PreprocessCfg(**self.network.visual.preprocess_cfg), is_train=False)
 
     @property
@@ -126,7 +126,7 @@ def _created(config: str, where: object, **options: Any) -> Any:
     random = torch.get_rng_state()
     try:
         with _quiet():
-            return library("open_clip").create_model(config, **options)
+            return imported("open_clip").create_model(config, **options)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
         raise ModelError(
             f"open_clip cannot make {where}: {first_line(error)}",
@@ -144,7 +144,7 @@ def check_name(name: str) -> None:
     """Raise ``UsageError`` if open_clip has no configuration of that name; the nearest ones are named."""
     from difflib import get_close_matches
 
-    known = library("open_clip").list_models()
+    known = imported("open_clip").list_models()
     if name not in known:
         near = get_close_matches(name, known, n=3)
         raise UsageError(
@@ -164,7 +164,7 @@ def read_tag(name: str, tag: str) -> OpenClip:
         If it cannot be downloaded.
     """
     check_name(name)
-    found = library("open_clip")
+    found = imported("open_clip")
     tags = found.list_pretrained_tags_by_model(name)
     if tag not in tags:
         raise UsageError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharpscope.errors import ModelError, UsageError
-from sharpscope.models.installed import first_line, library
+from sharpscope.models.installed import first_line, imported
 from sharpscope.models.library import plain
 from sharpscope.models.tensors import Tensors
 from sharpscope.models.transfer import load_into
@@ -25,7 +25,7 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 
 
 def _made(name: str, **options: Any) -> nn.Module:
-    timm = library("timm")
+    timm = imported("timm")
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
         raise UsageError(f"timm has no model {name!r}", f"one of {', '.join(near)}" if near else "timm.list_models()")
@@ -72,11 +72,11 @@ def read_directory(where: Path, tensors: Tensors) -> tuple[nn.Module, list[str] 
 
 def data_config(network: nn.Module) -> dict[str, Any]:
     """Return size, mean, standard deviation, interpolation and crop that the model was made for."""
-    found = library("timm").data.resolve_model_data_config(network)
+    found = imported("timm").data.resolve_model_data_config(network)
     return {name: plain(value) for name, value in found.items()}
 
 
 def transform(network: nn.Module) -> Any:
     """Return the function from a PIL image to the model's input."""
-    timm = library("timm")
+    timm = imported("timm")
     return timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
