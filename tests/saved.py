@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,23 +130,20 @@ def siglip(root: Path) -> Saved:
     return Saved(str(root / "base"), str(root / "tuned"), logits, _strictly(SiglipModel))
 
 
-def bare_tower(root: Path, *, old: bool, projected: bool) -> Saved:
-    """A CLIPModel, fine-tuned as an image tower alone; old: its names begin with ``vision_model.``."""
-    from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+def bare_tower(root: Path, kind: str, *, old: bool = False) -> Saved:
+    """A whole model, fine-tuned as an image tower alone; old: its names begin with ``vision_model.``."""
+    import transformers
 
-    clips.save(root / "base", clips.network())
-    kind = CLIPVisionModelWithProjection if projected else CLIPVisionModel
-    tower = kind(clips.network().config.vision_config).eval()
-    source = moved(clips.network()).state_dict()
-    own = {name: source.get(name, source.get(f"vision_model.{name}")) for name in tower.state_dict()}
-    tower.load_state_dict(own)
+    whole = siglip(root / "whole") if kind.startswith("Siglip") else clip(root / "whole")
+    tuned = moved(siglip_network() if kind.startswith("Siglip") else clips.network())
+    tower = getattr(transformers, kind)(tuned.config.vision_config).eval()
+    source = tuned.state_dict()
+    tower.load_state_dict({name: source.get(name, source.get(f"vision_model.{name}")) for name in tower.state_dict()})
     _quietly(tower, root / "tuned")
-    rename(root / "tuned", lambda key: ("vision_model." if old and not projected else "") + _unprefixed(key, projected))
-    return Saved(str(root / "base"), str(root / "tuned"), clip(root / "whole").logits, _strictly(kind))
-
-
-def _unprefixed(name: str, projected: bool) -> str:
-    return name if projected else name.removeprefix("vision_model.")
+    if kind.endswith("VisionModel"):
+        prefix = "vision_model." if old else ""
+        rename(root / "tuned", lambda name: prefix + name.removeprefix("vision_model."))
+    return Saved(whole.zero_shot, str(root / "tuned"), whole.logits, _strictly(getattr(transformers, kind)))
 
 
 def vit(root: Path, *, old: bool = False) -> Saved:
@@ -220,19 +216,12 @@ KINDS: dict[str, Callable[[Path], Saved]] = {
     "transformers CLIP": clip,
     "transformers CLIP, old files": lambda root: clip(root, old=True),
     "transformers SigLIP": siglip,
-    "transformers CLIP tower, bare": lambda root: bare_tower(root, old=False, projected=False),
-    "transformers CLIP tower, prefixed": lambda root: bare_tower(root, old=True, projected=False),
-    "transformers CLIP tower, projected": lambda root: bare_tower(root, old=False, projected=True),
+    "transformers CLIP tower, bare": lambda root: bare_tower(root, "CLIPVisionModel"),
+    "transformers CLIP tower, prefixed": lambda root: bare_tower(root, "CLIPVisionModel", old=True),
+    "transformers CLIP tower, projected": lambda root: bare_tower(root, "CLIPVisionModelWithProjection"),
+    "transformers SigLIP tower, bare": lambda root: bare_tower(root, "SiglipVisionModel"),
+    "transformers SigLIP tower, prefixed": lambda root: bare_tower(root, "SiglipVisionModel", old=True),
     "transformers ViT": vit,
     "transformers ViT, old files": lambda root: vit(root, old=True),
     "transformers CLIP classifier": clip_classifier,
 }
-
-
-def keys_on_disk(folder: str) -> Sequence[str]:
-    return sorted(load_file(Path(folder) / "model.safetensors"))
-
-
-def config_on_disk(folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text())
-    return found

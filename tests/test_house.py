@@ -68,6 +68,7 @@ def test_imports_point_one_way(path):
         ("import sharpscope", {"torch", "matplotlib", "transformers", "pandas"}),
         ("import sharpscope.result, sharpscope.stragglers.correlation", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope; sharpscope.scan, sharpscope.layers", {"matplotlib", "transformers"}),
+        ("import sharpscope; sharpscope.load", {"matplotlib", "transformers", "open_clip", "timm", "torchvision"}),
         ("import sharpscope.report.page", {"torch", "transformers"}),
         ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
     ],

@@ -12,7 +12,7 @@ import clips
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved import CLASSES, clip_classifier, moved, siglip_network, vit
+from saved import CLASSES, bare_tower, clip_classifier, moved, siglip_network, vit
 
 import sharpscope as ss
 from sharpscope.data import Split
@@ -297,6 +297,15 @@ def test_a_text_tower_that_the_loss_does_not_touch_is_unused_not_flat():
     result = ss.scan(start, start, data, alphas=[0.0], measures=["m_sharpness"], progress=False)
     assert result.meta["unused"] == ["text.embed", "text.block.00", "text.norm"]
     assert not any(layer.startswith("text") for layer in result.layers["layer"])
+
+
+@pytest.mark.parametrize(("setting", "value"), [("hidden_act", "gelu"), ("num_attention_heads", 4)])
+def test_a_tower_alone_is_compared_with_the_model_that_it_is_put_into(tmp_path, setting, value):
+    saved = bare_tower(tmp_path, "CLIPVisionModel")
+    file = Path(saved.fine_tuned) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    with pytest.raises(MismatchError, match=rf"of the image tower is .* in .*base but {value!r} in .*tuned"):
+        load_pair(saved.zero_shot, saved.fine_tuned)
 
 
 # --- factories

@@ -83,11 +83,7 @@ OLD_VIT = [
 ]
 BARE = [name.removeprefix("vision_model.") for name in TRANSFORMERS if name.startswith("vision_model.")]
 BARE_TEXT = [name.removeprefix("text_model.") for name in TRANSFORMERS if name.startswith("text_model.")]
-SIGLIP_HEAD = [
-    "vision_model.encoder.layers.0.mlp.fc1.bias",
-    "vision_model.head.probe",
-    "vision_model.head.mlp.fc1.bias",
-]
+SIGLIP_HEAD = [f"vision_model.{n}" for n in ("encoder.layers.0.mlp.fc1.bias", "head.probe", "head.mlp.fc1.bias")]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ _TOWER = (
     "num_hidden_layers",
     "intermediate_size",
 )
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _VISION = ("image_size", "patch_size")
 _IMAGES = (
     "image_mean",
@@ -159,6 +160,20 @@ def is_bare_tower(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration is that of one tower: weights that need a whole model to be put into."""
     kinds = ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model")
     return config.get("model_type") in kinds
+
+
+def tower_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the configuration of one tower says about its function, as ``module_facts`` says it of a network."""
+    kind, made = str(config["model_type"]), checkpoint.transformers()
+    library = "Siglip" if kind.startswith("siglip") else "CLIP"
+    stored = getattr(made, f"{library}{'Vision' if 'vision' in kind else 'Text'}Config")(**config)
+    tower = f"{'image' if 'vision' in kind else 'text'} tower"
+    activation = str(stored.hidden_act)
+    return {
+        f"activation of the {tower}": _ACTIVATIONS.get(activation, activation),
+        f"attention heads of the {tower}": stored.num_attention_heads,
+        f"layer norm epsilon of the {tower}": stored.layer_norm_eps,
+    }
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.models import checkpoint, factory, hf, openclip, timm_model
 from sharpscope.models.classification import LogitsModel
 from sharpscope.models.clip import ClipModel
-from sharpscope.models.library import ClipLibrary, plain
+from sharpscope.models.library import ClipLibrary, module_facts, plain
 from sharpscope.models.reference import FORMS, Reference, parsed
 from sharpscope.models.templates import DEFAULT, checked_templates
 from sharpscope.models.tensors import Tensors, read_tensors, stored_head, without_head
@@ -27,6 +27,7 @@ class WeightsOnly:
 
     name: str
     tensors: Tensors
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of its function, as its configuration says
 
     @property
     def where(self) -> Path:
@@ -34,7 +35,14 @@ class WeightsOnly:
         return self.tensors.where
 
     def like(self, model: Model, *, convert: bool = False) -> Model:
-        """Return a copy of the model with these weights."""
+        """Return a copy of the model with these weights; ``MismatchError`` if they do not belong in it."""
+        known = module_facts(model.network)
+        for fact, value in self.facts.items():
+            if known.get(fact, value) != value:
+                raise MismatchError(
+                    f"{fact} is {known[fact]!r} in {model.name} but {value!r} in {self.name}",
+                    "a checkpoint and its fine-tuned self, saved with the same configuration",
+                )
         return model.with_tensors(self.name, self.tensors, where=self.where.resolve(), convert=convert)
 
     @property
@@ -153,11 +161,12 @@ def _clip(
 
 
 def _directory(reference: Reference, templates: tuple[str, ...]) -> Any:
-    place = reference.path
-    if (place / openclip.CONFIG).is_file():
-        tensors = read_tensors(place)
+    place, config = reference.path, _json(reference.path / "config.json")
+    # LAION's repositories hold one model for both libraries; a hub id means transformers there, so a directory does.
+    if (place / openclip.CONFIG).is_file() and (reference.weights == "oc" or "model_type" not in config):
+        tensors = read_tensors(place, first="open_clip_")
         return _clip(reference, openclip.read_directory(place, without_head(tensors)), templates, tensors)
-    if timm_model.is_timm(_json(place / "config.json")):
+    if timm_model.is_timm(config):
         network, classes = timm_model.read_directory(place, read_tensors(place))
         return _timm(reference, network, place, classes)
     return _transformers(reference, templates)
@@ -182,7 +191,9 @@ def _transformers(reference: Reference, templates: tuple[str, ...]) -> Any:
     if hf.is_bare_tower(config):
         if not reference.path.is_dir():
             raise ModelError(f"{where} is one tower of a CLIP", "download it and pass its directory")
-        return WeightsOnly(reference.text, read_tensors(reference.path))
+        return WeightsOnly(reference.text, read_tensors(reference.path), hf.tower_facts(config))
+    if timm_model.is_timm(config):
+        raise ModelError(f"{where} is a model of timm", f"timm:{where.partition('/')[2]}")
     if config.get("model_type") not in ("clip", "siglip"):
         raise ModelError(
             f"{where} is a {config.get('model_type')!r} model ({', '.join(config.get('architectures') or ['?'])})",
@@ -193,19 +204,15 @@ def _transformers(reference: Reference, templates: tuple[str, ...]) -> Any:
 
 
 def _classifier(reference: Reference, network: Any, classes: list[str] | None) -> LogitsModel:
-    def preprocess(image: Any) -> Any:
-        processor = checkpoint.read_image_processor(reference.name)
-        return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
     try:
-        stored = checkpoint.read_image_processor(reference.name)
-    except ModelError:
-        return LogitsModel(reference.text, network, preprocess=preprocess, classes=classes, where=_place(reference))
+        processor = checkpoint.read_image_processor(reference.name)
+    except ModelError:  # a fine-tuned end may lack it
+        return LogitsModel(reference.text, network, classes=classes, where=_place(reference))
     return LogitsModel(
         reference.text,
         network,
-        preprocess=lambda image: stored(images=image, return_tensors="pt")["pixel_values"][0],
-        preprocessing={name: plain(value) for name, value in stored.to_dict().items()},
+        preprocess=lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0],
+        preprocessing={name: plain(value) for name, value in processor.to_dict().items()},
         classes=classes,
         where=_place(reference),
     )

@@ -29,7 +29,8 @@ class Reference:
     name
         Directory, file, hub id, name of a configuration, or factory.
     weights
-        Tag or file that follows a configuration's name, empty if none does.
+        Tag or file that follows a configuration's name; ``"oc"`` or ``"timm"`` of a directory that this library is to
+        read; empty if there is none.
     """
 
     text: str
@@ -76,10 +77,10 @@ def parsed(ref: str | Path) -> Reference:
 
 
 def _named(text: str, kind: Kind, rest: str) -> Reference:
-    """Return NAME/TAG or NAME/FILE, the file relative or absolute; ``oc:DIR`` and ``timm:DIR`` are the same as DIR."""
+    """Return NAME/TAG or NAME/FILE, the file relative or absolute; or a directory for that library."""
     whole = Path(rest).expanduser()
     if whole.is_dir():
-        return Reference(text, "directory", str(whole))
+        return Reference(text, "directory", str(whole), kind)
     name, _, weights = rest.partition("/")
     if not name:
         raise UsageError(f"{text!r} names no configuration", FORMS)

@@ -136,8 +136,15 @@ def _check_merged(where: Path, names: Iterable[str]) -> None:
         )
 
 
-def read_tensors(where: Path) -> Tensors:
+def read_tensors(where: Path, *, first: str = "") -> Tensors:
     """Return the tensors of a directory as transformers, open_clip and timm write it, or of a single file.
+
+    Parameters
+    ----------
+    where
+        The directory or file.
+    first
+        How names of files begin that are preferred: a directory may hold a model for two libraries.
 
     Raises
     ------
@@ -151,7 +158,7 @@ def read_tensors(where: Path) -> Tensors:
             f"{where} holds LoRA adapters that are not merged into the weights (adapter_config.json)",
             "merge them where it was trained: model.merge_and_unload().save_pretrained(DIR)",
         )
-    for name in _FILES:
+    for name in sorted(_FILES, key=lambda name: not (first and name.startswith(first))):
         if (where / name).is_file():
             return Tensors(where, _readers(where / name))
         if (where / f"{name}.index.json").is_file():

@@ -138,6 +138,19 @@ def test_the_preprocessing_is_that_of_the_configuration(tmp_path):
     assert torch.equal(found, expected(image))
 
 
+def test_a_directory_for_two_libraries_is_read_by_transformers_unless_asked(tmp_path):
+    """LAION's repositories hold both configurations and both files."""
+    import clips
+
+    saved = open_clip_saved(tmp_path, "ViT")
+    assert load(saved.zero_shot).library.name == "open_clip"
+    clips.save(tmp_path / "base", clips.network())
+    assert load(saved.zero_shot).library.name == "transformers"
+    found = load(f"oc:{saved.zero_shot}")
+    assert found.library.name == "open_clip"
+    assert torch.equal(found.network.visual.proj, made("ViT").visual.proj)
+
+
 # --- what does not belong together, or cannot be read
 
 
