@@ -308,6 +308,13 @@ def test_a_tower_alone_is_compared_with_the_model_that_it_is_put_into(tmp_path, 
         load_pair(saved.zero_shot, saved.fine_tuned)
 
 
+def test_what_belongs_to_no_tower_is_left_over_not_dropped(tmp_path):
+    saved = bare_tower(tmp_path, "CLIPVisionModelWithProjection")
+    file = changed(Path(saved.fine_tuned), lambda weights: weights.update({"adapter.weight": torch.zeros(2)}))
+    with pytest.raises(ModelError, match=r"holds 1 weights that a CLIPModel does not have \(adapter.weight, "):
+        load_pair(saved.zero_shot, file)
+
+
 # --- factories
 
 

@@ -78,8 +78,9 @@ def prefixed(names: Collection[str]) -> dict[str, str]:
 
 
 def of_tower(names: Collection[str], tower: str) -> set[str]:
-    """Return the names that belong to a tower, and the scale."""
-    return {name for name, place in (places(names) or {}).items() if place.tower in (tower, "logit_scale")}
+    """Return the names that belong to a tower, the scale, and what belongs nowhere."""
+    kept = (tower, "logit_scale", "other")
+    return {name for name, place in (places(names) or {}).items() if place.tower in kept}
 
 
 def may_be_absent(names: Collection[str], tower: str | None) -> set[str]:
