@@ -43,7 +43,9 @@ def install() -> None:
     print("installing into .venv (once; torch is large)", flush=True)
     pip("-c", "constraints.txt", "-e", ".[clip,dev]")
     # Two of the rivals ask for torchvision, which beside a CPU build of torch breaks transformers.
-    pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt", ".ci/libraries.txt")
+    pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt")
+    shutil.rmtree(LIBRARIES, ignore_errors=True)  # pip leaves what is in a target folder as it is
+    pip("--no-deps", "--target", str(LIBRARIES), "-r", ".ci/libraries.txt")
 
 
 def main() -> None:
