@@ -130,7 +130,10 @@ def _classifiers(start: ClipModel, end: ClipModel, classes: Sequence[str]) -> tu
     heads = [model.head(classes, start) for model in (start, end)]
     if any(head.bias is not None for head in heads):
         heads = [head.with_bias() for head in heads]
-    return start.classifier(classes, head=heads[0]), end.classifier(classes, like=start, head=heads[1])
+    first, second = start.classifier(classes, head=heads[0]), end.classifier(classes, like=start, head=heads[1])
+    if first.logit_bias is None or second.logit_bias is None:
+        first.logit_bias = second.logit_bias = None  # one number for all classes: no probability changes
+    return first, second
 
 
 def _scale_notes(start: ClipModel, end: ClipModel) -> list[str]:

@@ -57,8 +57,9 @@ class Tensors(Mapping[str, Tensor]):
         _check_merged(where, self._readers)
 
     def __getitem__(self, name: str) -> Tensor:
+        read = self._readers[name]
         try:
-            return self._readers[name]()
+            return read()
         except _UNREADABLE as error:
             raise ModelError(f"{self.where}: {name!r} cannot be read: {first_line(error)}", _AGAIN) from error
 

@@ -113,6 +113,16 @@ def test_a_wise_ft_file_is_a_model_under_its_configurations_name(named, checkpoi
     torch.testing.assert_close(head.weight, weight / checkpoint[0].logit_scale.exp(), rtol=0, atol=1e-6)
 
 
+def test_a_stored_head_beside_a_siglip_leaves_out_the_bias_of_its_logits(tmp_path):
+    saved = open_clip_saved(tmp_path, "SigLIP")
+    state = {f"image_encoder.model.{n}": t for n, t in made("SigLIP").visual.state_dict(prefix="visual.").items()}
+    torch.save(state | {"classification_head.weight": torch.randn(3, 96)}, tmp_path / "ft.pt")
+    start, end, _ = pair(*load_pair(saved.zero_shot, tmp_path / "ft.pt"), CLASSES)
+    assert dict(start.named_buffers()).keys() == dict(end.named_buffers()).keys()
+    alone = load(saved.zero_shot).classifier(CLASSES)
+    torch.testing.assert_close(start(pixels(160)).softmax(1), alone(pixels(160)).softmax(1))
+
+
 def test_a_stored_head_of_other_classes_is_refused(named, checkpoint, tmp_path):
     wise_ft_file(tmp_path / "ft.pt", checkpoint[0], open_clip.get_tokenizer(named))
     with pytest.raises(DataError, match="has 3 classes, the data 2"):
