@@ -19,14 +19,13 @@ TEMPLATES = ("a photo of a {}.", "the {} in a drawing", "{}")
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory):
-    """A configuration under a name, with open_clip's own vocabulary."""
+def named():
+    """A configuration under a name, with open_clip's own vocabulary; gone again afterwards."""
     config = copy.deepcopy(CONFIGS["ViT"])
     config["text_cfg"] |= {"vocab_size": 49408, "context_length": 77}
-    file = tmp_path_factory.mktemp("configs") / "ViT-tiny-test.json"
-    file.write_text(json.dumps(config))
-    open_clip.add_model_config(file)
-    return file.stem
+    open_clip.factory._MODEL_CONFIGS["ViT-tiny-test"] = config
+    yield "ViT-tiny-test"
+    del open_clip.factory._MODEL_CONFIGS["ViT-tiny-test"]
 
 
 @pytest.fixture(scope="module")
