@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
@@ -136,9 +136,3 @@ def places(names: Collection[str]) -> dict[str, Place] | None:
 def part(inside: str) -> str | None:
     """Return which part of its block a tensor belongs to: attn, mlp, ln, conv; None if it is none of them."""
     return next((kind for pattern, kind in _PARTS if pattern.match(inside)), None)
-
-
-def towers(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the towers that known names belong to, e.g. ``("visual", "text")``; empty for an unknown network."""
-    found = places(list(names)) or {}
-    return tuple(dict.fromkeys(place.tower for place in found.values()))
