@@ -75,14 +75,18 @@ class OpenClip:
     def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         """Return padded token ids; open_clip itself would cut a text that is too long."""
         ids: Tensor = self.tokenizer(list(texts))
-        end = getattr(self.tokenizer, "eot_token_id", None)
+        longest = ids.shape[1]
         for text, row in zip(texts, ids, strict=True):
-            if end is not None and row[-1] == end and len(self.tokenizer.encode(text)) + 2 > len(row):
-                raise UsageError(
-                    f"{text!r} has {len(self.tokenizer.encode(text)) + 2} tokens, the text tower reads {len(row)}",
-                    "shorten it",
-                )
+            if row[-1] != 0 and (used := self._length(text)) > longest:  # 0 pads where nothing was cut
+                raise UsageError(f"{text!r} has {used} tokens, the text tower reads {longest}", "shorten it")
         return {"text": ids}
+
+    def _length(self, text: str) -> int:
+        """Return how many tokens a text has, start and end included."""
+        if hasattr(self.tokenizer, "encode"):
+            return len(self.tokenizer.encode(text)) + 2
+        inner = getattr(self.tokenizer, "tokenizer", None)  # one of transformers inside
+        return 0 if inner is None else len(inner(text)["input_ids"])
 
     def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return text features (n, width), not normalised."""

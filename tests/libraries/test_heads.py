@@ -135,6 +135,13 @@ def test_a_text_too_long_is_refused_where_open_clip_would_cut_it(named, checkpoi
     model.classifier(["red " * 70])
 
 
+def test_so_it_is_where_the_tokenizer_is_one_of_transformers(tmp_path):
+    model = load(open_clip_saved(tmp_path, "ViT").zero_shot, templates=["{}"])
+    with pytest.raises(UsageError, match=r"has 41 tokens, the text tower reads 40"):
+        model.classifier(["a" * 39])
+    model.classifier(["a" * 38])
+
+
 def test_the_preprocessing_is_that_of_the_configuration(tmp_path):
     saved = open_clip_saved(tmp_path, "ViT")
     from open_clip import transform
