@@ -22,6 +22,7 @@ app = typer.Typer(
     name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
 )
 OUT = "sharpscope-report"
+REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 INTERRUPTED = 130
 _NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
 
@@ -96,8 +97,11 @@ def demo(
 @guarded
 def report(
     folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan: write its page again.")] = None,
-    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")] = None,
+    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help=REF)] = None,
     fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same CLIP, fine-tuned.")] = None,
+    convert: Annotated[
+        str | None, typer.Option(metavar="no|auto", help="Convert between open_clip and transformers; exact.")
+    ] = None,
     id: Annotated[str | None, typer.Option(metavar="DATA", help="ID images: DIR, wds:DIR, py:module:name.")] = None,
     ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DATA", help="An OOD set; repeatable.")] = None,
     sharpness_on: Annotated[
@@ -165,7 +169,7 @@ def _again(folder: str, besides: list[str]) -> None:
 @app.command(short_help="Show what the layers of a model are.")
 @guarded
 def layers(
-    model: Annotated[str, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")],
+    model: Annotated[str, typer.Option(metavar="REF", help=REF)],
     granularity: Granular = None,
 ) -> None:
     """Print which tensors of a model form which layer; no data, no compute."""
@@ -173,6 +177,22 @@ def layers(
     from sharpscope.partition import layers as partition
 
     typer.echo(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
+
+
+@app.command(short_help="Rewrite weights as safetensors.")
+@guarded
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FILE|DIR", help="Weights.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    to: Annotated[str | None, typer.Option(metavar="open_clip|transformers", help="Names of that library.")] = None,
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Unpickle a whole module: runs code from the file.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint as safetensors: from a pickled module, or under another library's names."""
+    from sharpscope.commands.convert import convert as written
+
+    typer.echo(f"{written(Path(source), Path(out), to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
 
 
 @app.command(short_help="Check this installation.")

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -23,8 +23,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    zero_shot: str = Field(description="the zero-shot CLIP: a directory or hub id")
+    zero_shot: str = Field(description="the zero-shot model: a directory, hub id, oc:NAME/TAG, timm:NAME, file")
     fine_tuned: str = Field(description="its fine-tuned self")
+    convert: Literal["no", "auto"] = Field(default="no", description="convert weights of another library's CLIP")
     id: str = Field(description="in-distribution images: a folder per class, wds:DIR, py:module:name")
     ood: dict[str, str] = Field(default={}, description="name -> images of each out-of-distribution set")
     sharpness_on: str | None = Field(default=None, description="images that sharpness is measured on")

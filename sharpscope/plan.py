@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sharpscope._version import __version__
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
-from sharpscope.errors import DataError, ModelError, UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.network import Network, network
@@ -180,16 +180,10 @@ class Job:
 def _modules(
     models: tuple[Any, Any], classes: Sequence[str] | None
 ) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
-    """Return two classifiers, their names and notes: the models, or CLIPs with a head made of the class names."""
-    clips = [hasattr(model, "classifier") and not isinstance(model, nn.Module) for model in models]
-    if not all(clips):
+    """Return two classifiers, their names and notes: the modules, or made of what :func:`sharpscope.load` returned."""
+    if any(isinstance(model, nn.Module) for model in models) or not all(hasattr(m, "preprocess") for m in models):
         return models, (type(models[0]).__name__, type(models[1]).__name__), []
-    if classes is None:
-        raise DataError(
-            f"{models[0].name} is a CLIP and needs class names for its head, the ID data has none",
-            "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
-        )
-    from sharpscope.models.compatibility import pair  # transformers, only where it is needed
+    from sharpscope.models.compatibility import pair  # reads checkpoints, only where it is needed
 
     start, end, notes = pair(*models, classes)
     return (start, end), (models[0].name, models[1].name), notes

@@ -462,4 +462,5 @@ def test_a_torchvision_that_does_not_fit_is_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = doctor._torchvision()
     assert found.passed is False
-    assert "0.1 does not fit this torch: operator torchvision::nms does not exist" in found.found
+    assert found.found.startswith("torchvision 0.1 was built for another torch than ")
+    assert "(operator torchvision::nms does not exist); pip uninstall torchvision" in found.found

@@ -18,7 +18,7 @@ from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.folders import class_folders
 from sharpscope.measures import Measure, measures_from
-from sharpscope.models import ClipModel, load, read_templates
+from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.plan import Plan, alphas_from, prepare
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
@@ -31,8 +31,8 @@ from sharpscope.webdataset import archive_templates
 class Material:
     """What the references of the settings stand for."""
 
-    zero_shot: ClipModel
-    fine_tuned: ClipModel
+    zero_shot: ClipModel | LogitsModel
+    fine_tuned: ClipModel | LogitsModel
     id: Split
     ood: dict[str, Split]
     sharpness_on: Split | None
@@ -42,9 +42,11 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     """Return models and data, read as the settings say; all images are preprocessed as the zero-shot model wants."""
     templates = _templates(chosen)
     id_names, names = _classnames(chosen)
-    zero_shot = load(chosen.zero_shot, templates=templates)
+    zero_shot, fine_tuned = load_pair(
+        chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
+    )
     read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
-    id_split = read(chosen.id, name="id", classnames=id_names)
+    id_split = read(chosen.id, name="id", classnames=id_names, classes=getattr(zero_shot, "classes", None))
 
     def read_other(place: str, name: str) -> Split:
         own = names if is_folder(place) else None
@@ -52,7 +54,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
 
     return Material(
         zero_shot=zero_shot,
-        fine_tuned=load(chosen.fine_tuned, templates=templates),
+        fine_tuned=fine_tuned,
         id=id_split,
         ood={name: read_other(place, name) for name, place in chosen.ood.items()},
         sharpness_on=read_other(chosen.sharpness_on, "sharpness") if chosen.sharpness_on else None,
