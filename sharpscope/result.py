@@ -13,6 +13,7 @@ import pandas as pd
 
 from sharpscope import journal
 from sharpscope.errors import UsageError
+from sharpscope.stragglers import effects
 from sharpscope.stragglers.correlation import co_movement, ood_error, with_distance
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
@@ -38,9 +39,11 @@ class ScanResult:
         self.meta: dict[str, Any] = json.loads(json.dumps(meta))
         splits, measures = list(self.meta["splits"]), [*self.meta["measures"], "evaluation"]
 
-        def place(cell: Cell) -> tuple[float, int, int]:
-            alpha, split, measure = cell.key.split("|")
-            return float(alpha), measures.index(measure), splits.index(split)
+        def place(cell: Cell) -> tuple[bool, float, int, int]:
+            alpha, split, measure = cell.key.split("|", 2)
+            if measure not in measures:  # of a later phase: after the path, as they came
+                return True, 0.0, 0, 0
+            return False, float(alpha), measures.index(measure), splits.index(split)
 
         self.cells: tuple[Cell, ...] = tuple(sorted(cells, key=place))
 
@@ -86,8 +89,8 @@ class ScanResult:
         """Per-example correctness, bool of shape ``(n,)``, by alpha and split."""
         found = {}
         for cell in self.cells:
-            if "correct" in cell.arrays:
-                alpha, split, _ = cell.key.split("|")
+            alpha, split, measure = cell.key.split("|", 2)
+            if measure == "evaluation":
                 found[float(alpha), split] = cell.arrays["correct"]
         return found
 
@@ -100,6 +103,22 @@ class ScanResult:
         found = co_movement(self.layers, ood_error(self.evals, self.ood_splits))
         ranked = with_distance(found, self.meta["layers"])
         return ranked.sort_values("tau", ascending=False, kind="stable").reset_index(drop=True)
+
+    @cached_property
+    def interventions(self) -> pd.DataFrame:
+        """What moving one layer alone does to accuracy, see :func:`~sharpscope.stragglers.effects.effects`.
+
+        One row per layer, base and set: ``layer question base alpha split effect low high control control_low
+        control_high draws n supported``. Empty if interventions were not run.
+        """
+        layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
+        return effects.effects(self.cells, settings, layers, self.id_split, self.ood_splits)
+
+    @property
+    def cumulative(self) -> pd.DataFrame:
+        """What moving the first, or the last, layers together does; see ``effects.cumulative_effects``."""
+        layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
+        return effects.cumulative_effects(self.cells, settings, layers, self.id_split, self.ood_splits)
 
     def recommend(self, keep_id: float | None = None) -> Recommendation:
         """Return the alpha to ship; ``keep_id`` (zero or negative) is how many points of ID accuracy may go."""
@@ -119,7 +138,7 @@ class ScanResult:
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]
         _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
-        for name in ("layers", "evals", "stragglers"):
+        for name in ("layers", "evals", "stragglers", "interventions"):
             _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
         np.savez_compressed(out / "correct.npz", **arrays)

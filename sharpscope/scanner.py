@@ -11,6 +11,7 @@ from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
 from sharpscope.evaluate import evaluation_cell, per_example
+from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.losses import Loss, loss_from
 from sharpscope.measures import DEFAULT, Measure, measures_from
@@ -84,13 +85,20 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
         progress.alpha_done(index, alpha)
 
 
-def _measured(job: Job, plan: Plan, journal: Journal, memory: Memory, show: bool | None) -> None:
-    """Bring the journal to completion, with progress."""
+def _measured(
+    job: Job, plan: Plan, moves: Interventions | None, journal: Journal, memory: Memory, show: bool | None
+) -> None:
+    """Bring the journal to completion, with progress: the path first, then the interventions."""
     steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
+    steps += moves.steps(job) if moves else 0
     with Progress(steps, len(plan.alphas), show) as bar:
         bar.say(job.describe(plan, len(journal)))
         for _ in cells(job, plan, journal, memory, bar):
             pass
+        if moves:
+            bar.say(moves.describe(job))
+            for cell in moves.cells(job, plan, journal, bar.count):
+                journal.append(cell)
 
 
 def scan(
@@ -108,6 +116,8 @@ def scan(
     batch_size: int = 64,
     granularity: Granularity = "block",
     patterns: Mapping[str, str] | None = None,
+    interventions: bool | Interventions | None = None,
+    intervention_limit: int | None = 512,
     seed: int = 0,
     out: str | FilePath | None = None,
     fresh: bool = False,
@@ -142,6 +152,12 @@ def scan(
         Examples whose gradient graph is built at once; bounds memory, changes no number beyond rounding.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
+    interventions
+        Whether each layer is also moved alone to the other end, beside random moves as long, and judged on all sets;
+        or which, as :class:`sharpscope.intervention.Interventions`. Default: if there are OOD sets and it costs less
+        than the scan itself.
+    intervention_limit
+        Most images per set that moves are judged on, drawn by class with the seed; None: all.
     seed
         Of all draws: probes, start vectors, the sample of images. Each draw depends on the seed, the measure, the
         layer and its number only, so curves over alpha are smooth and resuming changes nothing.
@@ -188,9 +204,11 @@ def scan(
     folder = None if out is None else FilePath(out)
     with matmul_precision(precision):
         job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+        moves = interventions_from(interventions, intervention_limit, job, plan)
         journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-        _measured(job, plan, journal, Memory(folder), progress)
-        result = ScanResult(journal, job.meta(plan, journal.plan, time.monotonic() - started))
+        _measured(job, plan, moves, journal, Memory(folder), progress)
+        meta = job.meta(plan, journal.plan, time.monotonic() - started)
+        result = ScanResult(journal, {**meta, "interventions": moves.meta(job, plan, journal) if moves else None})
     if folder is not None:
         result.save(folder)
         Memory(folder).clear()

@@ -27,6 +27,7 @@ REPORT_FILES = {
     "layers.csv",
     "evals.csv",
     "stragglers.csv",
+    "interventions.csv",
     "figures",
     "cells.jsonl",
     "correct.npz",

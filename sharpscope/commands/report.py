@@ -113,6 +113,8 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         limit=chosen.limit,
         batch_size=chosen.batch_size,
         granularity=chosen.granularity,
+        interventions=chosen.interventions,
+        intervention_limit=chosen.intervention_limit,
         seed=chosen.seed,
         out=chosen.out,
         fresh=fresh,
