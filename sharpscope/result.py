@@ -13,8 +13,9 @@ import pandas as pd
 
 from sharpscope import journal
 from sharpscope.errors import UsageError
-from sharpscope.stragglers import effects
+from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.correlation import co_movement, ood_error, with_distance
+from sharpscope.stragglers.label_free import Answers, label_free
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
@@ -84,15 +85,43 @@ class ScanResult:
         chosen = self._rows[self._rows["measure"].isin(EVALUATIONS)]
         return chosen.drop(columns=["layer", "converged"]).rename(columns={"draws": "n"}).reset_index(drop=True)
 
-    @property
-    def correct(self) -> dict[tuple[float, str], Array]:
-        """Per-example correctness, bool of shape ``(n,)``, by alpha and split."""
+    def _per_image(self, name: str) -> dict[tuple[float, str], Array]:
+        """Return what evaluation kept of each image, by alpha and split."""
         found = {}
         for cell in self.cells:
             alpha, split, measure = cell.key.split("|", 2)
             if measure == "evaluation":
-                found[float(alpha), split] = cell.arrays["correct"]
+                found[float(alpha), split] = cell.arrays[name]
         return found
+
+    @property
+    def correct(self) -> dict[tuple[float, str], Array]:
+        """Per-example correctness, bool of shape ``(n,)``, by alpha and split."""
+        return self._per_image("correct")
+
+    @property
+    def barriers(self) -> pd.DataFrame:
+        """How far error and loss rise above the chord, see :func:`~sharpscope.stragglers.barrier.barriers`.
+
+        One row per set, measure and chord: ``split measure chord value low high alpha n``.
+        """
+        error = {place: ~correct for place, correct in self.correct.items()}
+        metrics = {"error": error, "loss": self._per_image("loss")}
+        return barrier.barriers(metrics, self.id_split, self.ood_splits)
+
+    def interpolation_failure(self, form: barrier.Form = "weak") -> barrier.InterpolationFailure:
+        """Return whether, on OOD, no alpha between the ends beats zero-shot (``"weak"``), or both (``"strict"``)."""
+        return barrier.interpolation_failure(self.correct, self.ood_splits, form=form)
+
+    @property
+    def label_free(self) -> pd.DataFrame:
+        """OOD accuracy as estimated without OOD labels, beside the truth; see ``stragglers.label_free``.
+
+        ``alpha split estimator estimate truth error stderr chosen``, in percent.
+        """
+        confidence = self._per_image("confidence")
+        answers = {place: Answers(correct, confidence[place]) for place, correct in self.correct.items()}
+        return label_free(answers, self.id_split, self.ood_splits)
 
     @property
     def stragglers(self) -> pd.DataFrame:
