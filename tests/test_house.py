@@ -15,7 +15,7 @@ ROOMS = [
     ["journal"],
     ["stragglers"],
     ["tree", "partition"],
-    ["path", "ball", "losses"],
+    ["path", "ball", "losses", "sparsity"],
     ["objective"],
     ["network", "data", "precision", "provenance"],
     ["replay"],
