@@ -129,6 +129,7 @@ def report(
     intervention_limit: Annotated[
         str | None, typer.Option(metavar="N|all", help="Most images per set that moves are judged on.")
     ] = None,
+    recipes: Annotated[bool | None, typer.Option("--recipes", help="Also try recipes with an alpha per layer.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,

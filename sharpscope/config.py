@@ -41,6 +41,7 @@ class Settings(BaseModel):
     intervention_limit: int | None = Field(
         default=512, ge=2, description="most images per set that moves are judged on"
     )
+    recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")

@@ -140,7 +140,7 @@ class Job:
             "granularity": plan.granularity,
             "curvature_split": self.curvature_split,
             "splits": self._split_facts(),
-            "layers": self._layer_facts(),
+            "layers": self.layer_facts(),
             "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
             "models": {
                 role: {"name": name, "hash": mark}
@@ -166,7 +166,8 @@ class Job:
             }
         return facts
 
-    def _layer_facts(self) -> dict[str, Any]:
+    def layer_facts(self) -> dict[str, Any]:
+        """Return size and distance of every layer."""
         delta = self.path.delta
         return {
             layer: {

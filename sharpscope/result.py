@@ -16,6 +16,8 @@ from sharpscope.errors import UsageError
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.correlation import co_movement, ood_error, with_distance
 from sharpscope.stragglers.label_free import Answers, label_free
+from sharpscope.stragglers.recipes import COLUMNS as RECIPES
+from sharpscope.stragglers.recipes import Contest, candidates, with_recipe
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
@@ -149,9 +151,36 @@ class ScanResult:
         layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
         return effects.cumulative_effects(self.cells, settings, layers, self.id_split, self.ood_splits)
 
-    def recommend(self, keep_id: float | None = None) -> Recommendation:
-        """Return the alpha to ship; ``keep_id`` (zero or negative) is how many points of ID accuracy may go."""
-        return recommend(self.correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+    @property
+    def _contest(self) -> Contest:
+        found = candidates(self.cells, self.meta.get("recipes"), self.correct)
+        return Contest(found, self.id_split, self.ood_splits, self.meta["seed"])
+
+    @property
+    def recipes(self) -> pd.DataFrame:
+        """One row per recipe that was tried, see :meth:`sharpscope.stragglers.recipes.Contest.frame`.
+
+        ``recipe kind id ood id_low id_high ood_low ood_high versus_uniform low high score chosen``. Without a search
+        these are the uniform alphas; empty if a set has a single image, as choosing and quoting take a half each.
+        """
+        if min(map(len, self.correct.values()), default=0) < 2:
+            return pd.DataFrame(columns=list(RECIPES))
+        return self._contest.frame()
+
+    def recommend(self, keep_id: float | None = None, *, per_layer: bool = False) -> Recommendation:
+        """Return what to ship.
+
+        Parameters
+        ----------
+        keep_id
+            How many points of ID accuracy may go, zero or negative; None: any.
+        per_layer
+            Whether a recipe with an alpha per layer may be shipped: the best on the choosing half, if on the other half
+            it beats the best uniform alpha by more than the paired interval. Needs ``scan(..., recipes=True)``.
+        """
+        correct = self.correct
+        found = recommend(correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+        return with_recipe(found, self._contest, correct, keep_id) if per_layer else found
 
     @property
     def plot(self) -> Plots:
@@ -167,7 +196,7 @@ class ScanResult:
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]
         _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
-        for name in ("layers", "evals", "stragglers", "interventions"):
+        for name in ("layers", "evals", "stragglers", "interventions", "recipes"):
             _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
         np.savez_compressed(out / "correct.npz", **arrays)

@@ -28,6 +28,7 @@ REPORT_FILES = {
     "evals.csv",
     "stragglers.csv",
     "interventions.csv",
+    "recipes.csv",
     "figures",
     "cells.jsonl",
     "correct.npz",

@@ -115,6 +115,7 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         granularity=chosen.granularity,
         interventions=chosen.interventions,
         intervention_limit=chosen.intervention_limit,
+        recipes=chosen.recipes,
         seed=chosen.seed,
         out=chosen.out,
         fresh=fresh,

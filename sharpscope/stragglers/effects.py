@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from sharpscope.stragglers.interval import mean_interval
 from sharpscope.table import Array, Cell, cell_key
 
 MEAN_OOD = "ood mean"
@@ -63,49 +61,6 @@ def is_move(cell: Cell) -> bool:
     return f"|{_PREFIX}/" in cell.key
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """A mean with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def _estimate(per_set: Sequence[Array], draws: Sequence[float] = (), beside: int = 0) -> _Estimate:
-    """Return the mean over sets of the mean over images, sets weighing the same, in points.
-
-    Parameters
-    ----------
-    per_set
-        Paired gaps, an array ``(n,)`` for each set.
-    draws
-        The same mean for each random direction, where the gaps are means over directions: their spread is added to
-        that over images, with Student's quantile for the degrees of freedom of the sum (Welch-Satterthwaite).
-    beside
-        How many single directions are compared with the mean over draws, each with the spread of one.
-    """
-    value = 100 * float(np.mean([gaps.mean() for gaps in per_set]))
-    parts = [(100 * _error(gaps) / len(per_set)) ** 2 for gaps in per_set]
-    freedoms = [max(len(gaps) - 1, 1) for gaps in per_set]
-    if len(draws):
-        parts.append(float(np.var(draws, ddof=1)) * (beside + 1 / len(draws)) if len(draws) > 1 else math.inf)
-        freedoms.append(max(len(draws) - 1, 1))
-    variance = sum(parts)
-    if not math.isfinite(variance):
-        return _Estimate(value, -math.inf, math.inf)
-    freedom = variance**2 / sum(part**2 / f for part, f in zip(parts, freedoms, strict=True))
-    width = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return _Estimate(value, value - width, value + width)
-
-
-def _error(gaps: Array) -> float:
-    """Return the standard error of the mean; images that all agree count as if one did not."""
-    count = len(gaps)
-    spread = float(gaps.std(ddof=1)) if count > 1 else math.inf
-    return max(spread, 1 / math.sqrt(count)) / math.sqrt(count)
-
-
 class _Moves:
     """The correctness of every move from one base, by set."""
 
@@ -132,17 +87,14 @@ class _Moves:
             np.stack([self.gaps(split, f"control {draw}", layer) for draw in range(self.draws)]) for split in splits
         ]
         by_draw = 100 * np.mean([gaps.mean(axis=1) for gaps in control], axis=0)
-        effect, beside = _estimate(moved), _estimate([gaps.mean(axis=0) for gaps in control], by_draw)
-        beyond = _estimate([m - c.mean(axis=0) for m, c in zip(moved, control, strict=True)], by_draw, 1)
+        effect, beside = mean_interval(moved), mean_interval([gaps.mean(axis=0) for gaps in control], by_draw)
+        beyond = mean_interval([m - c.mean(axis=0) for m, c in zip(moved, control, strict=True)], by_draw, 1)
+        supported = effect.sign != 0 and effect.sign == beyond.sign
         return {
             "effect": effect.value, "low": effect.low, "high": effect.high,
             "control": beside.value, "control_low": beside.low, "control_high": beside.high,
-            "draws": self.draws, "n": sum(map(len, moved)), "supported": _same_side(effect, beyond),
+            "draws": self.draws, "n": sum(map(len, moved)), "supported": supported,
         }  # fmt: skip
-
-
-def _same_side(effect: _Estimate, beyond: _Estimate) -> bool:
-    return (effect.low > 0 and beyond.low > 0) or (effect.high < 0 and beyond.high < 0)
 
 
 def _places(splits: Sequence[str], ood: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -214,7 +166,7 @@ def cumulative_effects(
             facts = {"layer": layer, "layers": count, "end": end, "question": base.question, "base": base.name}
             for name, splits in _places([id_split, *ood], ood):
                 gaps = [moves.gaps(split, end, layer) for split in splits]
-                found = _estimate(gaps)
+                found = mean_interval(gaps)
                 measured = {"effect": found.value, "low": found.low, "high": found.high, "n": sum(map(len, gaps))}
                 rows.append({**facts, "alpha": base.alpha, "split": name, **measured})
     return pd.DataFrame(rows, columns=list(CUMULATIVE))
