@@ -21,6 +21,8 @@ from sharpscope.tree import Tree, gaussian, norm, select
 
 GRADIENTS = 100  # that a scan takes per alpha and measured image, roughly; a gradient is worth three forwards
 
+BATCHES = 2  # of a plan's size at once: a forward without a graph takes less memory
+
 
 @dataclass(frozen=True)
 class Move:
@@ -136,7 +138,7 @@ class Interventions:
                 missing = {key: move for key, move in keys.items() if key not in journal}
                 if not missing:
                     continue
-                batches = [b.to(job.device) for b in split.sample(self.limit, plan.seed, plan.batch_size)]
+                batches = [b.to(job.device) for b in split.sample(self.limit, plan.seed, BATCHES * plan.batch_size)]
                 forward = forward or _Forward(job, batches[0])
                 found = _judged(job, forward, base, plan.seed, missing, batches, job.columns(split))
                 for key, move in missing.items():
