@@ -181,20 +181,25 @@ def _stepped(here: torch.Tensor, end: torch.Tensor, direction: torch.Tensor) -> 
     return here if length == 0 else here + direction * (length / norm({"": direction}))
 
 
+def replays_exactly(job: Job, batch: Batch) -> bool:
+    """Return whether forwards from a moved layer on give the bits of full ones; tried for every layer on a batch."""
+    replay, weights = Replay(job.network), job.weights(0.0)
+    replay.record(weights, batch.inputs)
+    return all(
+        replay.agrees({**weights, **select(job.path.end, names)}, batch.inputs, names)
+        for layer, names in job.path_layers.layers.items()
+        if layer in job.layers.layers
+    )
+
+
 class _Forward:
     """Logits at moved weights: from the moved layer on if that gives the bits of a full forward, else in full."""
 
     def __init__(self, job: Job, batch: Batch) -> None:
         self._full = job.network.forward
-        self._replay: Replay | None = Replay(job.network)
-        weights = job.weights(0.0)
-        self._replay.record(weights, batch.inputs)
-        for layer, names in job.path_layers.layers.items():
-            changed = select(job.path.end, names)
-            if layer in job.layers.layers and not self._replay.agrees({**weights, **changed}, batch.inputs, names):
-                job.warnings.append(f"interventions computed in full: forwards from {layer!r} on differ from full ones")
-                self._replay = None
-                return
+        self._replay = Replay(job.network) if replays_exactly(job, batch) else None
+        if self._replay is None:
+            job.warnings.append("interventions computed in full: forwards from a moved layer on differ from full ones")
 
     def at_base(self, weights: Tree, inputs: Any) -> torch.Tensor:
         return self._replay.record(weights, inputs) if self._replay else self._full(weights, inputs)

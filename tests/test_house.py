@@ -28,7 +28,7 @@ ROOMS = [
     ["intervention", "search"],
     ["report", "summary", "result"],
     ["scanner"],
-    ["config", "doctor", "demo", "crosscheck"],
+    ["config", "doctor", "demo", "crosscheck", "criticality"],
     ["commands", "cli", "__main__"],
 ]
 RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
