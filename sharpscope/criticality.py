@@ -14,7 +14,7 @@ import torch
 from sharpscope.data import as_split
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import joined, judged
-from sharpscope.intervention import replays_exactly
+from sharpscope.moves import replays_exactly
 from sharpscope.objective import Batch
 from sharpscope.partition import Granularity
 from sharpscope.path import mix

@@ -11,31 +11,18 @@ import torch
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import joined, judged
 from sharpscope.journal import Journal
+from sharpscope.moves import Move, in_words, moved, replays_exactly
 from sharpscope.objective import Batch, check_finite
 from sharpscope.plan import Job, Plan
 from sharpscope.replay import Replay
 from sharpscope.stragglers.effects import NECESSARY, SUFFICIENT, Base, moved_key
 from sharpscope.stragglers.recommendation import recommend
 from sharpscope.table import Cell, cell_key
-from sharpscope.tree import Tree, gaussian, norm, select
+from sharpscope.tree import Tree
 
 GRADIENTS = 100  # that a scan takes per alpha and measured image, roughly; a gradient is worth three forwards
 
 BATCHES = 2  # of a plan's size at once: a forward without a graph takes less memory
-
-
-@dataclass(frozen=True)
-class Move:
-    """What is moved: nothing (``"base"``), a layer, a layer in a random direction (``"control 0"``), or several."""
-
-    what: str
-    layer: str = ""
-    layers: tuple[str, ...] = ()
-
-    @property
-    def draw(self) -> int | None:
-        """Number of the random direction, None for a move to the other end."""
-        return int(self.what.removeprefix("control ")) if self.what.startswith("control ") else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +129,7 @@ class Interventions:
                 forward = forward or _Forward(job, batches[0])
                 found = _judged(job, forward, base, plan.seed, missing, batches, job.columns(split))
                 for key, move in missing.items():
-                    check_finite(float(found[key]["loss"].mean()), f"{_words(base, move)} on {split.name!r}")
+                    check_finite(float(found[key]["loss"].mean()), f"{in_words(base, move)} on {split.name!r}")
                     tick(f"{base.question} · {split.name} · {move.layer or base.name}")
                     kept = found[key] if move.draw is None else {"correct": found[key]["correct"]}
                     yield Cell(key, (), kept)
@@ -150,46 +137,6 @@ class Interventions:
     def meta(self, job: Job, plan: Plan, journal: Journal) -> dict[str, Any]:
         """Return the settings and bases as JSON values."""
         return {**asdict(self), "bases": [list(base) for base in self.bases(job, plan, journal)]}
-
-
-def _words(base: Base, move: Move) -> str:
-    end = "a random direction" if move.draw is not None else "zero-shot" if base.target == 0 else "fine-tuned"
-    return f"{base.name}, {move.layer!r} moved to {end}" if move.layers else base.name
-
-
-def moved(job: Job, base: Base, weights: Tree, move: Move, seed: int) -> Tree:
-    """Return the tensors that a move changes, as they are after it.
-
-    Parameters
-    ----------
-    job, base, weights
-        The path, the base and all weights there.
-    move, seed
-        A random direction is normal, determined by the seed, its number and each tensor's name, and scaled so that
-        every tensor goes as far as in the real move. Running statistics are left alone by it.
-    """
-    end = job.path.start if base.target == 0.0 else job.path.end
-    if move.draw is None:
-        return select(end, [name for layer in move.layers for name in job.path_layers.layers[layer]])
-    here = select(weights, [name for layer in move.layers for name in job.layers.layers[layer]])
-    directions = gaussian(here, "control", seed, move.draw)
-    return {name: _stepped(tensor, end[name], directions[name]) for name, tensor in here.items()}
-
-
-def _stepped(here: torch.Tensor, end: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    length = norm({"": end - here})
-    return here if length == 0 else here + direction * (length / norm({"": direction}))
-
-
-def replays_exactly(job: Job, batch: Batch) -> bool:
-    """Return whether forwards from a moved layer on give the bits of full ones; tried for every layer on a batch."""
-    replay, weights = Replay(job.network), job.weights(0.0)
-    replay.record(weights, batch.inputs)
-    return all(
-        replay.agrees({**weights, **select(job.path.end, names)}, batch.inputs, names)
-        for layer, names in job.path_layers.layers.items()
-        if layer in job.layers.layers
-    )
 
 
 class _Forward:

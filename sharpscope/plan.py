@@ -140,7 +140,7 @@ class Job:
             "granularity": plan.granularity,
             "curvature_split": self.curvature_split,
             "splits": self._split_facts(),
-            "layers": self.layer_facts(),
+            "layers": self._layer_facts(),
             "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
             "models": {
                 role: {"name": name, "hash": mark}
@@ -166,8 +166,7 @@ class Job:
             }
         return facts
 
-    def layer_facts(self) -> dict[str, Any]:
-        """Return size and distance of every layer."""
+    def _layer_facts(self) -> dict[str, Any]:
         delta = self.path.delta
         return {
             layer: {
@@ -215,12 +214,6 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
 
 
-def _device(chosen: str | None, weights: Tree) -> torch.device:
-    if chosen is not None:
-        return torch.device(chosen)
-    return torch.device("cuda") if torch.cuda.is_available() else next(iter(weights.values())).device
-
-
 def _moved(tree: Tree, device: torch.device) -> Tree:
     return {name: tensor.to(device) for name, tensor in tree.items()}
 
@@ -243,7 +236,7 @@ def prepare(
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
-    place = _device(device, path.start)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else next(iter(path.start.values())).device))
     path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from glob import escape
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +18,10 @@ from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.recipes import recipe_key, score
 from sharpscope.stragglers.recommendation import halves, recommend
 from sharpscope.table import Cell, cell_key
-from sharpscope.tree import Tree, select
+from sharpscope.tree import Tree, norm, select
+from sharpscope.trials import Trial, around, projections, ramps, sparse
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-SHARES = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -50,36 +48,6 @@ class RecipeSearch:
     def __post_init__(self) -> None:
         if self.evaluations < 1:
             raise UsageError(f"a recipe search of {self.evaluations} evaluations: 1 or more")
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A layer of the best uniform mix made sparse, see :func:`sharpscope.sparsity.sparsify`."""
-
-    layer: str
-    p: float
-    rescale: bool
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Weights to be tried: a recipe, and a layer of it that is made sparse."""
-
-    name: str
-    kind: str
-    recipe: Recipe
-    sparse: Sparse | None = None
-
-    @property
-    def key(self) -> str:
-        """What determines the weights."""
-        return json.dumps([self.recipe.rules, asdict(self.sparse) if self.sparse else None])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The trial as JSON values."""
-        rules = None if self.sparse else [list(rule) for rule in self.recipe.rules]
-        return {"name": self.name, "kind": self.kind, "rules": rules, "key": self.key}
 
 
 Tried = Generator[Cell, None, float]  # yields the cells of a trial, returns its score
@@ -123,17 +91,18 @@ class Search:
         """Yield the cells that are not in the journal yet, until nothing is left to try."""
         if not self._layers:
             return
-        for trial in [*_ramps(self.alpha, list(self._layers)), *self._projections()]:
+        for trial in [*ramps(self.alpha, list(self._layers)), *self._projections()]:
             yield from self._tried(trial)
         changes: dict[str, float] = dict.fromkeys(self._layers, 0.0)
         if self.alpha != 0:
             for layer in self._layers:
-                changes[layer] = (yield from self._tried(self._mixed({layer: 0.0}, "leave-one-out"))) - self._uniform
+                found = yield from self._tried(around(self.alpha, {layer: 0.0}, "leave-one-out"))
+                changes[layer] = found - self._uniform
         order = sorted(changes, key=lambda layer: -abs(changes[layer]))
         if self.alpha != 0 and order:
             best = max(changes, key=lambda layer: changes[layer])
             for layer in (best,) if self._settings.sparse is None else self._settings.sparse:
-                for trial in self._sparse(layer):
+                for trial in sparse(layer, self.alpha):
                     yield from self._tried(trial)
         yield from self._coordinates(order)
 
@@ -143,11 +112,11 @@ class Search:
 
     def _coordinates(self, order: list[str]) -> Iterator[Cell]:
         """Try the alphas of one layer after the other, keeping the best so far, until a round changes nothing."""
-        best, chosen, before = self._uniform, dict.fromkeys(order, self.alpha), None
+        best, chosen, before = self._uniform, dict.fromkeys(self._layers, self.alpha), None
         while self._left and chosen != before:
             before = chosen
             for layer, alpha in ((layer, alpha) for layer in order for alpha in (*GRID, self.alpha)):
-                trial = self._mixed({**chosen, layer: alpha}, "per-layer")
+                trial = around(self.alpha, {**chosen, layer: alpha}, "per-layer")
                 if alpha == chosen[layer] or trial.recipe == Recipe.uniform(self.alpha):
                     continue
                 found = yield from self._tried(trial)
@@ -183,73 +152,11 @@ class Search:
             mixed |= sparsify(start, here, trial.sparse.p, rescale=trial.sparse.rescale, seed=self._plan.seed)
         return {**job.constants, **mixed}
 
-    def _mixed(self, alphas: Mapping[str, float], kind: str) -> Trial:
-        """Return the trial of some layers at their own alphas, all others at the best uniform one."""
-        own = {layer: alpha for layer, alpha in alphas.items() if alpha != self.alpha}
-        recipe = Recipe((*((escape(layer), own[layer]) for layer in self._layers if layer in own), ("*", self.alpha)))
-        words = ", ".join(f"{layer} {alpha:g}" for layer, alpha in own.items())
-        return Trial(f"{words}, rest {self.alpha:g}" if own else f"alpha {self.alpha:g}", kind, recipe)
-
     def _projections(self) -> list[Trial]:
-        """Return two projections whose mean alpha is the best uniform one."""
-        if self.alpha in (0.0, 1.0):
-            return []
-        facts = self._job.layer_facts()
-        norms = {layer: facts[layer]["delta_norm"] for layer in self._layers}
-        relative = {layer: found / (facts[layer]["start_norm"] or 1.0) for layer, found in norms.items()}
-        return [
-            _by_layer(f"projected to one {word}", "projection", projected(distances, self.alpha), self.alpha)
-            for word, distances in (("radius", norms), ("relative radius", relative))
-        ]
-
-    def _sparse(self, layer: str) -> Iterator[Trial]:
-        """Yield the layer made sparse, plain and rescaled, and its shrink control."""
-        base = Recipe.uniform(self.alpha)
-        for p in SHARES:
-            for rescale, word in ((False, ""), (True, ", rescaled")):
-                name = f"{layer}: {p:.0%} of its delta dropped{word}, alpha {self.alpha:g}"
-                yield Trial(name, "sparsified", base, Sparse(layer, p, rescale))
-            yield self._mixed({layer: round(self.alpha * (1 - p), 12)}, "shrunk")
-
-
-def projected(distances: Mapping[str, float], mean: float) -> dict[str, float]:
-    """Return ``min(1, radius / distance)`` per layer, the radius such that the alphas have the given mean.
-
-    >>> projected({"near": 1.0, "far": 3.0}, 0.5)
-    {'near': 0.75, 'far': 0.25}
-    """
-    far = np.array([d for d in distances.values() if d > 0])
-    low, high = 0.0, float(far.max(initial=0.0))
-    for _ in range(100):
-        radius = (low + high) / 2
-        low, high = (radius, high) if np.minimum(1, radius / far).mean() < mean else (low, radius)
-    return {layer: round(min(1.0, high / d), 6) if d > 0 else mean for layer, d in distances.items()}
-
-
-def _by_layer(name: str, kind: str, alphas: Mapping[str, float], rest: float) -> Trial:
-    return Trial(name, kind, Recipe((*((escape(layer), alpha) for layer, alpha in alphas.items()), ("*", rest))))
-
-
-def _ramps(alpha: float, layers: list[str]) -> list[Trial]:
-    """Return LiNeS ramps that rise and fall about the alpha, gently and from end to end."""
-    reach = min(0.25, max(alpha, 0.0), max(1 - alpha, 0.0)) or 0.25
-    ends = dict.fromkeys(
-        (min(max(first, 0.0), 1.0), min(max(last, 0.0), 1.0))
-        for first, last in ((alpha - reach, alpha + reach), (alpha + reach, alpha - reach), (0.0, 1.0), (1.0, 0.0))
-    )
-    return [
-        _by_layer(
-            f"LiNeS {first:g} to {last:g}",
-            "LiNeS",
-            dict(zip(layers, _ramp(first, last, len(layers)), strict=True)),
-            alpha,
-        )
-        for first, last in ends
-    ]
-
-
-def _ramp(first: float, last: float, count: int) -> list[float]:
-    return [round(float(alpha), 6) for alpha in np.linspace(first, last, count)]
+        start, delta = self._job.path.start, self._job.path.delta
+        distances = {layer: norm(select(delta, names)) for layer, names in self._layers.items()}
+        norms = {layer: norm(select(start, names)) for layer, names in self._layers.items()}
+        return projections(distances, norms, self.alpha)
 
 
 def recipes_from(chosen: bool | RecipeSearch, job: Job, plan: Plan) -> RecipeSearch | None:

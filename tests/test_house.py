@@ -25,7 +25,7 @@ ROOMS = [
     ["models", "optim"],
     ["folders", "finetune"],
     ["plan"],
-    ["intervention", "search"],
+    ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
     ["scanner"],
     ["config", "doctor", "demo", "crosscheck", "criticality"],

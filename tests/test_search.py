@@ -12,9 +12,10 @@ import sharpscope
 from sharpscope.errors import UsageError
 from sharpscope.path import Path
 from sharpscope.recipe import Recipe
-from sharpscope.search import RecipeSearch, projected
+from sharpscope.search import RecipeSearch
 from sharpscope.stragglers.recipes import Candidate, Contest, with_recipe
 from sharpscope.stragglers.recommendation import halves, recommend
+from sharpscope.trials import projected
 
 SETTINGS = {"ood": OOD, "alphas": 3, "measures": [], "interventions": False, "progress": False}
 
