@@ -109,7 +109,7 @@ def _found(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[_Moves]:
 
 def effects(
     cells: Iterable[Cell],
-    settings: Mapping[str, object] | None,
+    settings: Mapping[str, Any] | None,
     layers: Sequence[str],
     id_split: str,
     ood: Sequence[str],
@@ -146,7 +146,7 @@ def effects(
 
 def cumulative_effects(
     cells: Iterable[Cell],
-    settings: Mapping[str, object] | None,
+    settings: Mapping[str, Any] | None,
     layers: Sequence[str],
     id_split: str,
     ood: Sequence[str],
