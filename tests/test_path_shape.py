@@ -59,6 +59,13 @@ def test_the_interval_of_the_largest_mean_covers_the_truth_although_it_was_picke
     assert naive / 300 < 0.9
 
 
+def test_a_single_image_leaves_everything_open():
+    found = largest([np.array([[0.2, 0.4]]), np.zeros((5, 2))])
+    assert (found.value, found.low, found.high) == (pytest.approx(0.2), -math.inf, math.inf)
+    one = {(a, "a"): np.array([a == 0.5]) for a in ALPHAS}
+    assert interpolation_failure(one, ["a"]).verdict == "undecided"
+
+
 def test_one_place_has_the_ordinary_interval():
     gaps = np.random.default_rng(0).normal(0, 1, (400, 1))
     found = largest([gaps])

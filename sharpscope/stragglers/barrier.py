@@ -48,6 +48,9 @@ def largest(gaps: Sequence[Array], *, ends: int = 1, least: float = 0.0) -> Larg
         What one image could change: where all images of a set agree, one is taken to differ by it.
     """
     value = np.mean([g.mean(axis=0) for g in gaps], axis=0)
+    if min(map(len, gaps)) < 2:  # one image tells nothing of the spread
+        centre = value.reshape(ends, -1).min(axis=0)
+        return Largest(float(centre.max()), -math.inf, math.inf, int(np.argmax(centre)))
     covariance = np.sum([_covariance(g, least) for g in gaps], axis=0) / len(gaps) ** 2
     error = np.sqrt(np.diag(covariance))
     width = _critical(covariance, error) * error
