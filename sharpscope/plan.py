@@ -79,6 +79,8 @@ class Job:
     constants: Tree  # buffers that are the same in both models
     layers: Partition  # of the tensors that the loss touches
     all_layers: Partition
+    path_layers: Partition  # of every tensor on the path, buffers that differ between the models too
+    network: Network
     splits: list[Split]  # ID first
     curvature_split: str
     curvature_images: int
@@ -206,12 +208,6 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
 
 
-def _device(chosen: str | None, weights: Tree) -> torch.device:
-    if chosen is not None:
-        return torch.device(chosen)
-    return torch.device("cuda") if torch.cuda.is_available() else next(iter(weights.values())).device
-
-
 def _moved(tree: Tree, device: torch.device) -> Tree:
     return {name: tensor.to(device) for name, tensor in tree.items()}
 
@@ -234,13 +230,14 @@ def prepare(
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
-    place = _device(device, path.start)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else next(iter(path.start.values())).device))
     path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
     parameters = list(networks[0].parameters)
-    everything = partition(
-        parameters, granularity=plan.granularity, containers=container_names(module), patterns=patterns
+    everything, on_path = (
+        partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
+        for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
     objective = Objective(networks[0].forward, plan.loss, batches)
@@ -250,6 +247,8 @@ def prepare(
         constants=constants,
         layers=layers,
         all_layers=everything,
+        path_layers=on_path,
+        network=networks[0],
         splits=[id_split, *ood],
         curvature_split=curvature.name,
         curvature_images=objective.examples,

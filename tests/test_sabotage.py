@@ -103,6 +103,26 @@ BREAKAGES = {
         "stragglers/recommendation.py", "second = {s: h[1]", "second = {s: h[0]",
         "test_decision.py::test_the_quoted_gain_is_not_inflated_by_choosing",
     ),
+    "a recipe is quoted on the half it was chosen on": (
+        "stragglers/recipes.py", "self.second = {split: part[1]", "self.second = {split: part[0]",
+        "test_search.py::test_recipes_that_are_no_better_are_seldom_shipped_although_the_luckiest_looks_better",
+    ),
+    "a random move is longer than the real one": (
+        "moves.py", "direction * (length / norm", "direction * (2 * length / norm",
+        "test_intervention.py::test_a_random_control_goes_as_far_as_the_move_tensor_by_tensor_and_each_its_own_way[base0]",
+    ),
+    "a moved module gives its old output": (
+        "replay.py", "and self._holds[name].isdisjoint(moved)", "",
+        "test_replay.py::test_moving_any_layer_gives_the_bits_of_the_full_forward[mlp-block]",
+    ),
+    "a module whose input has changed gives its old output": (
+        "replay.py", "if known and _same((args, kwargs), calls[index].inputs):", "if known:",
+        "test_replay.py::test_no_order_of_execution_is_assumed[gain]",
+    ),
+    "the spread over random directions is forgotten": (
+        "stragglers/interval.py", "    if len(draws):", "    if False:",
+        "test_intervention.py::test_a_move_that_is_one_random_direction_more_is_seldom_supported",
+    ),
 }  # fmt: skip
 
 
