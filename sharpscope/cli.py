@@ -122,6 +122,14 @@ def report(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
     granularity: Granular = None,
+    interventions: Annotated[
+        bool | None,
+        typer.Option("--interventions/--no-interventions", help="Move layers one at a time.  [default: where cheap]"),
+    ] = None,
+    intervention_limit: Annotated[
+        str | None, typer.Option(metavar="N|all", help="Most images per set that moves are judged on.")
+    ] = None,
+    recipes: Annotated[bool | None, typer.Option("--recipes", help="Also try recipes with an alpha per layer.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
@@ -132,7 +140,11 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Measure two CLIPs on folders of images and write the report; or write the page of a saved scan again."""
-    given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if not (value is None or value == [] or (value is False and name != "interventions"))
+    }
     if folder is not None:
         _again(folder, sorted(given.keys() - {"folder", "quiet"}))
         return

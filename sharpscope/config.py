@@ -37,6 +37,11 @@ class Settings(BaseModel):
     limit: int | None = Field(default=256, description="most images that sharpness is measured on")
     batch_size: int = Field(default=64, description="images whose gradient graph is built at once")
     granularity: Granularity = Field(default="block", description="what a layer is")
+    interventions: bool | None = Field(default=None, description="whether layers are moved one at a time")
+    intervention_limit: int | None = Field(
+        default=512, ge=2, description="most images per set that moves are judged on"
+    )
+    recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")
@@ -71,7 +76,7 @@ class Settings(BaseModel):
             return value
         return int(value) if value.strip().isdigit() else [float(part) for part in value.split(",") if part.strip()]
 
-    @field_validator("limit", mode="before")
+    @field_validator("limit", "intervention_limit", mode="before")
     @classmethod
     def _all(cls, value: Any) -> Any:
         return None if value == "all" else value
@@ -131,8 +136,7 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     plain = {name: value for name, value in chosen.model_dump().items() if value is not None}
     tables = {name: value for name, value in plain.items() if isinstance(value, dict)}
     lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if name not in tables]
-    if chosen.limit is None:
-        lines.append('limit = "all"')
+    lines += [f'{name} = "all"' for name in ("limit", "intervention_limit") if getattr(chosen, name) is None]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
     path = Path(folder) / FILE

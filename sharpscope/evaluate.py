@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,16 +34,23 @@ def per_example(
         Classes that occur in this data set, when it knows fewer than the model; the logits of the others are left
         out, targets stay in the numbering of all classes.
     """
-    found: dict[str, list[Tensor]] = {"correct": [], "confidence": [], "loss": []}
-    for inputs, targets in batches:
-        logits = forward(weights, inputs).float()
-        if columns is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy(1, columns, logits[:, columns])
-        probability, predicted = logits.softmax(1).max(1)
-        found["correct"].append(predicted == targets)
-        found["confidence"].append(probability)
-        found["loss"].append(cross_entropy(logits, targets, reduction="none"))
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+    found = [judged(forward(weights, inputs), targets, columns) for inputs, targets in batches]
+    return joined(found)
+
+
+def judged(logits: Tensor, targets: Tensor, columns: Tensor | None = None) -> dict[str, Tensor]:
+    """Return ``correct``, ``confidence`` and ``loss`` of one batch, see :func:`per_example`."""
+    logits = logits.float()
+    if columns is not None:
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, columns, logits[:, columns])
+    probability, predicted = logits.softmax(1).max(1)
+    loss = cross_entropy(logits, targets, reduction="none")
+    return {"correct": predicted == targets, "confidence": probability, "loss": loss}
+
+
+def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Array]:
+    """Return what was judged in batches as arrays over all examples."""
+    return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
 
 
 def calibration_error(confidence: Array, correct: Array) -> float:

@@ -79,6 +79,8 @@ class Job:
     constants: Tree  # buffers that are the same in both models
     layers: Partition  # of the tensors that the loss touches
     all_layers: Partition
+    path_layers: Partition  # of every tensor on the path, buffers that differ between the models too
+    network: Network
     splits: list[Split]  # ID first
     curvature_split: str
     curvature_images: int
@@ -138,7 +140,7 @@ class Job:
             "granularity": plan.granularity,
             "curvature_split": self.curvature_split,
             "splits": self._split_facts(),
-            "layers": self._layer_facts(),
+            "layers": self.layer_facts(),
             "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
             "models": {
                 role: {"name": name, "hash": mark}
@@ -164,7 +166,8 @@ class Job:
             }
         return facts
 
-    def _layer_facts(self) -> dict[str, Any]:
+    def layer_facts(self) -> dict[str, Any]:
+        """Return size and distance of every layer."""
         delta = self.path.delta
         return {
             layer: {
@@ -245,8 +248,9 @@ def prepare(
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
     parameters = list(networks[0].parameters)
-    everything = partition(
-        parameters, granularity=plan.granularity, containers=container_names(module), patterns=patterns
+    everything, on_path = (
+        partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
+        for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
     objective = Objective(networks[0].forward, plan.loss, batches)
@@ -256,6 +260,8 @@ def prepare(
         constants=constants,
         layers=layers,
         all_layers=everything,
+        path_layers=on_path,
+        network=networks[0],
         splits=[id_split, *ood],
         curvature_split=curvature.name,
         curvature_images=objective.examples,

@@ -20,6 +20,7 @@ import sharpscope.commands.report as command
 from sharpscope import cli, config, demo, doctor
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.measures import measures_from
+from sharpscope.result import open_result
 
 REPORT_FILES = {
     "index.html",
@@ -27,6 +28,8 @@ REPORT_FILES = {
     "layers.csv",
     "evals.csv",
     "stragglers.csv",
+    "interventions.csv",
+    "recipes.csv",
     "figures",
     "cells.jsonl",
     "correct.npz",
@@ -219,6 +222,22 @@ def test_a_saved_scan_cannot_be_drawn_with_other_settings(run, scanned):
 
 def test_quiet_leaves_stderr_empty(run, flags, no_page):
     assert run("report", *flags, "--quiet")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "images", "kinds"),
+    [
+        ((), {8, 18}, {"uniform"}),
+        (("--no-interventions",), set(), {"uniform"}),
+        (("--intervention-limit", 4, "--recipes"), {4}, {"uniform", "LiNeS", "leave-one-out", "per-layer"}),
+    ],
+)
+def test_flags_say_whether_layers_are_moved_and_recipes_tried(run, flags, no_page, tmp_path, more, images, kinds):
+    code, _, err = run("report", *flags, *more)
+    assert code == 0, err
+    result = open_result(tmp_path / "out")
+    assert set(result.interventions["n"]) == images
+    assert set(result.recipes["kind"]) - {"projection", "sparsified", "shrunk"} <= kinds
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, flags, tmp_path):

@@ -14,6 +14,7 @@ from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.folders import class_folders, folder, read_classnames
+from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, load, read_templates
 from sharpscope.plan import Plan, alphas_from, prepare
@@ -87,7 +88,8 @@ def plan_line(chosen: Settings) -> str:
         None,
         chosen.device,
     )
-    return job.describe(plan, 0)
+    moves = interventions_from(chosen.interventions, chosen.intervention_limit, job, plan)
+    return "\n".join([job.describe(plan, 0), *([moves.describe(job)] if moves else [])])
 
 
 @contextmanager
@@ -113,6 +115,9 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         limit=chosen.limit,
         batch_size=chosen.batch_size,
         granularity=chosen.granularity,
+        interventions=chosen.interventions,
+        intervention_limit=chosen.intervention_limit,
+        recipes=chosen.recipes,
         seed=chosen.seed,
         out=chosen.out,
         fresh=fresh,
