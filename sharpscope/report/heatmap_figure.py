@@ -59,7 +59,7 @@ def heatmap_figure(result: ScanResult, measure: str = "trace", *, ax: Sequence[A
             alpha_axis(panel, grid.alphas, list(map(float, range(len(grid.alphas)))))
             panel.set_xlabel("alpha")
             panel.spines[:].set_visible(False)
-            panel.tick_params(length=0)
+            panel.tick_params(length=0, left=False)
             layer_rows(panel, grid.layers, list(result.meta["layers"]))
         layer_axis(
             first, grid.layers, list(result.meta["layers"]), [_label(name, result, grid) for name in grid.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ def _sharpness(ax: Axes, result: ScanResult, layer: str, measure: str) -> None:
     half = np.where(np.isfinite(half), half, np.nan)
     ax.fill_between(alpha, value - half, value + half, color=SERIES[0], alpha=0.18, linewidth=0)
     ax.plot(alpha, value, color=SERIES[0], marker="o")
-    ax.set_title(f"{shortened(layer_name(layer), 24)}\n{titled(measure_name(measure))[:30]}", fontsize=8)
+    ax.set_title(f"{shortened(layer_name(layer), 16)}\n{fill(titled(measure_name(measure)), 24)}", fontsize=7.5)
     literal([ax.title])
     ax.tick_params(labelsize=7.5)
     ax.grid(axis="y", color=GRID)
@@ -81,7 +82,7 @@ def _error(ax: Axes, result: ScanResult, verdict: str, tau: float) -> None:
     )
     ax.plot(curve.alpha, 100 * error, color=SERIES[1], marker="s", zorder=3)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    ax.set_title(f"tau {tau:.2f}: {verdict}", fontsize=7.5, fontweight="normal", wrap=True)
+    ax.set_title(fill(f"tau {tau:.2f}: {verdict}", 26), fontsize=7.5, fontweight="normal")
     ax.set_xlabel("alpha")
     ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     ax.tick_params(labelsize=7.5)

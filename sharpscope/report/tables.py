@@ -12,6 +12,7 @@ import numpy as np
 from sharpscope.report.curves import Grid, layer_grid, measures
 from sharpscope.report.verdict import Verdict
 from sharpscope.report.words import (
+    MINUS,
     alpha_text,
     duration,
     interval,
@@ -92,9 +93,9 @@ def straggler_table(result: ScanResult) -> Table:
                 Entry(layer_name(row["layer"])),
                 Entry(measure_name(row["measure"])),
                 Entry(row["verdict"], look="words moves" if row["verdict"] in MARKED else "words"),
-                _entry(row["tau"], significant(row["tau"], 2)),
-                _entry(row["tau_low"], f"{significant(row['tau_low'], 2)} to {significant(row['tau_high'], 2)}"),
-                _entry(row["null_high"], f"{significant(row['null_low'], 2)} to {significant(row['null_high'], 2)}"),
+                _entry(row["tau"], _tau(row["tau"])),
+                _entry(row["tau_low"], f"{_tau(row['tau_low'])} to {_tau(row['tau_high'])}"),
+                _entry(row["null_high"], f"{_tau(row['null_low'])} to {_tau(row['null_high'])}"),
                 _entry(row["p_family"], p_text(row["p_family"])),
                 _entry(row["q"], p_text(row["q"])),
                 _entry(row["relative_delta"], percent(row["relative_delta"])),
@@ -105,6 +106,10 @@ def straggler_table(result: ScanResult) -> Table:
     ]
     columns = ("layer", "measure", "verdict", "tau", "95 %", "90 % of chance", "family-wise p", "FDR q", "moved")
     return Table(columns, tuple(lines), max(0, len(table) - MOST))
+
+
+def _tau(tau: float) -> str:
+    return f"{tau:.2f}".replace("-", MINUS)
 
 
 def _number(result: ScanResult, layer: str) -> int | None:
@@ -162,7 +167,7 @@ def _facts(result: ScanResult, layer: str, tau: float) -> tuple[Entry, ...]:
         _entry(size, f"{size:,.0f}"),
         _entry(delta, significant(delta)),
         _entry(moved, percent(moved)),
-        _entry(tau, significant(tau, 2)),
+        _entry(tau, _tau(tau)),
     )
 
 
