@@ -132,7 +132,7 @@ def planted(
     unmeasured: Sequence[tuple[float, str]] = ((0.5, "visual.embed"),),
     studied: bool = False,
 ) -> ScanResult:
-    """Return the scan; ``unmeasured`` names (alpha, layer) left without any curvature, ``studied`` adds moves, recipes."""
+    """Return the scan; ``unmeasured`` (alpha, layer) have no curvature, ``studied`` adds moves and recipes."""
     cells = []
     for alpha in alphas:
         evaluations = [_evaluation(alpha, split, n, failure) for split in ("id", *ood)]

@@ -90,7 +90,7 @@ def test_a_layer_picked_anywhere_is_highlighted_everywhere(tab: Tab, where: str)
 
 
 def test_a_highlight_is_seen(tab: Tab) -> None:
-    colour = "getComputedStyle(document.querySelector(`#heatmap-trace g[data-layer='%d'] path`)).stroke" % NUMBER
+    colour = f"getComputedStyle(document.querySelector(`#heatmap-trace g[data-layer='{NUMBER}'] path`)).stroke"
     before = tab.evaluate(colour)
     tab.click(f"#layer-table tr[data-layer='{NUMBER}'] th")
     after = tab.evaluate(colour)

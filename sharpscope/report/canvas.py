@@ -143,10 +143,12 @@ def place_in(layer: str, order: Sequence[str], part: str) -> str | None:
     return f"layer-{order.index(layer)}-{part}" if layer in order else None
 
 
-def layer_axis(ax: Axes, layers: Sequence[str], order: Sequence[str], names: Sequence[str] | None = None) -> None:
+def layer_axis(
+    ax: Axes, layers: Sequence[str], order: Sequence[str], *, names: Sequence[str] | None = None, longest: int = 40
+) -> None:
     """Give each layer a row from the top with its name; name and row can be picked in the page."""
     ax.set_ylim(len(layers) - 0.5, -0.5)
-    ax.set_yticks(range(len(layers)), [shortened(layer_name(name)) for name in names or layers])
+    ax.set_yticks(range(len(layers)), [shortened(layer_name(name), longest) for name in names or layers])
     labels = ax.get_yticklabels()
     literal(labels)
     for layer, label in zip(layers, labels, strict=True):

@@ -168,7 +168,7 @@ def _legend(ax: Axes, measure: str, *, own: bool) -> None:
 
 
 def _errors(ax: Axes, grid: Grid, worst: Sequence[str], order: Sequence[str]) -> None:
-    ax.set_title("Relative error, a dot an alpha")
+    ax.set_title("Relative error by alpha")
     errors = np.clip(grid.relative, FLOOR, None)
     known = errors[np.isfinite(errors)]
     edge = max(1.0, 2 * float(known.max(initial=0.0)))
@@ -182,9 +182,9 @@ def _errors(ax: Axes, grid: Grid, worst: Sequence[str], order: Sequence[str]) ->
     ax.axvline(LIMIT, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_xscale("log")
     _percent_ticks(ax, float(known.min(initial=0.1)), edge, unknown=bool(np.isinf(errors).any()))
-    layer_axis(ax, grid.layers, order)
+    layer_axis(ax, grid.layers, order, longest=30)
     ax.grid(axis="y", color=GRID)
-    ax.set_xlabel("filled: converged, open: not; line: 30 %")
+    ax.set_xlabel("filled: converged; line: 30 %")
 
 
 def _dot_look(layer: str, worst: Sequence[str], converged: bool) -> Look:

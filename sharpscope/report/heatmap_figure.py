@@ -61,9 +61,8 @@ def heatmap_figure(result: ScanResult, measure: str = "trace", *, ax: Sequence[A
             panel.spines[:].set_visible(False)
             panel.tick_params(length=0, left=False)
             layer_rows(panel, grid.layers, list(result.meta["layers"]))
-        layer_axis(
-            first, grid.layers, list(result.meta["layers"]), [_label(name, result, grid) for name in grid.layers]
-        )
+        names = [_label(name, result, grid) for name in grid.layers]
+        layer_axis(first, grid.layers, list(result.meta["layers"]), names=names)
         _legend(first, grid, own=ax is None)
         return made
 
