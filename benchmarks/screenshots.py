@@ -17,7 +17,7 @@ from sharpscope.report.page import write
 from sharpscope.result import open_result
 
 SIZES = {1400: 2600, 400: 2600}
-COLOURS = 64  # a page of flat colours needs no more; a quarter of the bytes
+COLOURS = 256  # fewer, and two of the series become one colour
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
