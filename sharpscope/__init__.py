@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
     from sharpscope.sources import images
+    from sharpscope.stragglers.cohort import across_models
 
 # No public function shares its name with a module: importing the module would shadow it.
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "SGDSPD": ("sharpscope.optim", "SGDSPD"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
+    "across_models": ("sharpscope.stragglers.cohort", "across_models"),
     "folder": ("sharpscope.folders", "folder"),
     "images": ("sharpscope.sources", "images"),
     "layers": ("sharpscope.partition", "layers"),
@@ -45,6 +47,7 @@ __all__ = [
     "ScanResult",
     "Split",
     "__version__",
+    "across_models",
     "folder",
     "images",
     "layers",

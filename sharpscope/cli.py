@@ -24,7 +24,7 @@ app = typer.Typer(
 OUT = "sharpscope-report"
 REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 INTERRUPTED = 130
-_NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
+_NO_SETTINGS = ("config", "dry_run", "fresh", "quiet", "audit")  # flags of report that say how, not what
 
 
 def _say(text: str) -> None:
@@ -135,6 +135,9 @@ def report(
         str | None, typer.Option(metavar="N|all", help="Most images per set that moves are judged on.")
     ] = None,
     recipes: Annotated[bool | None, typer.Option("--recipes", help="Also try recipes with an alpha per layer.")] = None,
+    audit: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Log of an SPD training; [default: DIR/spd.jsonl, if there].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
@@ -151,7 +154,7 @@ def report(
         if not (value is None or value == [] or (value is False and name != "interventions"))
     }
     if folder is not None:
-        _again(folder, sorted(given.keys() - {"folder", "quiet"}))
+        _again(folder, sorted(given.keys() - {"folder", "quiet", "audit"}), audit)
         return
     from sharpscope.commands.report import measure, plan_line
     from sharpscope.config import settings
@@ -160,10 +163,10 @@ def report(
     if dry_run:
         typer.echo(plan_line(chosen))
         return
-    _show(measure(chosen, fresh=fresh, progress=False if quiet else None), chosen.out)
+    _show(measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit), chosen.out)
 
 
-def _again(folder: str, besides: list[str]) -> None:
+def _again(folder: str, besides: list[str], audit: str | None) -> None:
     """Write the page of a saved scan; needs neither a model nor torch."""
     from sharpscope.report.page import write
     from sharpscope.result import open_result
@@ -174,7 +177,7 @@ def _again(folder: str, besides: list[str]) -> None:
             "leave out the folder to measure anew, or the flag to draw again",
         )
     result = open_result(folder)
-    write(result, folder)
+    write(result, folder, audit=audit)
     _show(result, folder)
 
 

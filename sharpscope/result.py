@@ -14,11 +14,14 @@ import pandas as pd
 from sharpscope import journal
 from sharpscope.errors import UsageError
 from sharpscope.stragglers import barrier, effects
-from sharpscope.stragglers.correlation import co_movement, ood_error, with_distance
+from sharpscope.stragglers.association import Statistic
+from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
 from sharpscope.stragglers.label_free import Answers, label_free
 from sharpscope.stragglers.recipes import COLUMNS as RECIPES
 from sharpscope.stragglers.recipes import Contest, candidates, with_recipe
 from sharpscope.stragglers.recommendation import Recommendation, recommend
+from sharpscope.stragglers.resampling import error_draws
+from sharpscope.stragglers.wording import supported
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
 if TYPE_CHECKING:
@@ -125,15 +128,50 @@ class ScanResult:
         answers = {place: Answers(correct, confidence[place]) for place, correct in self.correct.items()}
         return label_free(answers, self.id_split, self.ood_splits)
 
-    @property
+    @cached_property
     def stragglers(self) -> pd.DataFrame:
-        """One row per layer and measure: ``layer measure tau alphas verdict delta_norm relative_delta``.
+        """One row per layer and measure: does its sharpness run with the mean OOD error, and does chance do as well.
 
-        ``tau`` correlates the layer's sharpness with the mean OOD error along the path. Empty without OOD sets.
+        Columns as of :func:`~sharpscope.stragglers.correlation.co_movement`, then ``delta_norm relative_delta``.
+        Empty without OOD sets that have labels.
         """
-        found = co_movement(self.layers, ood_error(self.evals, self.ood_splits))
-        ranked = with_distance(found, self.meta["layers"])
-        return ranked.sort_values("tau", ascending=False, kind="stable").reset_index(drop=True)
+        return self.co_movement(interventions=self.interventions)
+
+    def co_movement(self, statistic: Statistic = "kendall", interventions: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Return the table of :attr:`stragglers` with another correlation (``"spearman"``, ``"pearson"``).
+
+        ``interventions`` is a frame ``layer split supported ...``: layers with a supported row of split ``"ood mean"``
+        count as supported.
+        """
+        error = ood_error(self.evals, self.ood_splits)
+        found = co_movement(
+            self.layers,
+            error,
+            statistic=statistic,
+            supported=supported(interventions),
+            samples=self._samples,
+            error_draws=self._error_draws(error.index.tolist()),
+            seed=abs(self.meta["seed"]),
+        )
+        return with_distance(found, self.meta["layers"])
+
+    @property
+    def _samples(self) -> Samples:
+        """Draws behind the values; Ritz values are none."""
+        found: dict[tuple[str, str, float], Array] = {}
+        for cell in self.cells:
+            alpha, _, measure = cell.key.split("|", 2)
+            if measure in self.meta["measures"] and "lambda" not in measure:
+                found |= {(measure, layer, float(alpha)): drawn for layer, drawn in cell.arrays.items()}
+        return found
+
+    def _error_draws(self, alphas: list[float]) -> Array | None:
+        correct = self.correct
+        labelled = [s for s in self.ood_splits if all((alpha, s) in correct for alpha in alphas)]
+        if not alphas or not labelled:
+            return None
+        generator = np.random.default_rng([abs(self.meta["seed"]), 1])
+        return error_draws(correct, labelled, alphas, BOOTSTRAPS, generator)
 
     @cached_property
     def interventions(self) -> pd.DataFrame:

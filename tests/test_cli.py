@@ -115,7 +115,7 @@ def assets(world, tmp_path, monkeypatch):
 @pytest.fixture
 def no_page(monkeypatch):
     """Drawing the page is tested where it is made, and takes longer than measuring."""
-    monkeypatch.setattr(command, "write", lambda result, folder: None)
+    monkeypatch.setattr(command, "write", lambda result, folder, *, audit: None)
 
 
 # --- help
@@ -211,6 +211,14 @@ def test_the_page_of_a_saved_scan_is_written_again_without_torch(scanned):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("loaded: set()\n"), done.stderr
+    assert (scanned / "index.html").read_bytes() == page
+
+
+def test_an_audit_log_that_is_not_there_is_named_before_anything_is_drawn(run, scanned):
+    page = (scanned / "index.html").read_bytes()
+    code, _, err = run("report", scanned, "--audit", scanned / "nowhere.jsonl")
+    assert code == 2
+    assert "nowhere.jsonl does not exist" in err
     assert (scanned / "index.html").read_bytes() == page
 
 

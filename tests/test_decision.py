@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sharpscope.errors import UsageError
-from sharpscope.stragglers.correlation import co_movement, ood_error
+from sharpscope.stragglers.correlation import COLUMNS, co_movement, ood_error
 from sharpscope.stragglers.paired import difference, mean_difference
 from sharpscope.stragglers.recommendation import recommend
 from sharpscope.table import Row, frame
@@ -30,7 +30,7 @@ ERROR = pd.Series([0.4, 0.3, 0.2, 0.3, 0.5], index=ALPHAS)
         ([1.0, 2.0, 3.0, 4.0, 5.0], 0.01, pytest.approx(0.1, abs=0.2), "does not co-move"),
         ([4.0, 3.1, 2.0, 3.0, 5.0], 9.0, pytest.approx(0.95, abs=0.05), "undecided: sharpness does not rise above"),
         ([4.0, 3.1, 2.0, 3.0, 5.0], math.inf, pytest.approx(0.95, abs=0.05), "undecided: sharpness does not rise"),
-        ([2.0] * 5, 0.0, 0.0, "undecided: sharpness does not rise above its own error"),
+        ([2.0] * 5, 0.0, 0.0, "undecided: sharpness is the same at every alpha"),
         ([4.0, 3.1, 2.0, 3.0, 5.0], 0.0, pytest.approx(0.95, abs=0.05), "co-moves"),
     ],
 )
@@ -42,13 +42,13 @@ def test_wording_follows_the_planted_curve(values, stderr, tau, verdict):
 
 def test_three_points_decide_nothing():
     rows = layer_rows("x", [4.0, 3.1, 2.0, 3.0, 5.0])[:3]
-    assert co_movement(frame(rows), ERROR.iloc[:3])["verdict"].item() == "undecided: fewer than 4 alphas"
+    assert co_movement(frame(rows), ERROR.iloc[:3])["verdict"].item() == "not enough points to test"
 
 
 def test_without_ood_sets_the_table_is_empty_but_has_its_columns():
     evals = pd.DataFrame({"alpha": [0.0], "split": ["id"], "measure": ["accuracy"], "value": [0.5]})
     found = co_movement(frame(layer_rows("x", [1.0] * 5)), ood_error(evals, []))
-    assert (len(found), list(found.columns)) == (0, ["layer", "measure", "tau", "alphas", "verdict"])
+    assert (len(found), list(found.columns)) == (0, list(COLUMNS))
 
 
 def test_a_paired_difference_is_narrower_than_an_unpaired_one():

@@ -20,6 +20,7 @@ from sharpscope.folders import class_folders
 from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
+from sharpscope.optim.activity import read_audit
 from sharpscope.plan import Plan, alphas_from, prepare
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
@@ -153,7 +154,9 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
     )
 
 
-def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = None) -> ScanResult:
+def measure(
+    chosen: Settings, *, fresh: bool = False, progress: bool | None = None, audit: str | None = None
+) -> ScanResult:
     """Return the scan of the settings and write it to ``out``: its cells as they finish, then page and settings.
 
     Parameters
@@ -164,9 +167,13 @@ def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = No
         Discard what ``out`` holds; else a scan found there is resumed.
     progress
         See :func:`sharpscope.scan`.
+    audit
+        Log of an SPD training, shown in the page; None: ``spd.jsonl`` in ``out``, if there is one.
     """
+    if audit is not None:
+        read_audit(audit)  # before hours of measuring
     with _threads(chosen.threads):
         result = _scanned(chosen, material(chosen, progress=progress), fresh, progress)
     write_config(chosen, chosen.out)
-    write(result, Path(chosen.out))
+    write(result, Path(chosen.out), audit=audit)
     return result
