@@ -15,6 +15,7 @@ from sharpscope._version import __version__
 if TYPE_CHECKING:
     from sharpscope.crosscheck import verify
     from sharpscope.data import Split
+    from sharpscope.detectors import check
     from sharpscope.folders import folder
     from sharpscope.models import load
     from sharpscope.optim import SGDSPD, AdamSPD
@@ -29,6 +30,7 @@ _HOMES = {
     "SGDSPD": ("sharpscope.optim", "SGDSPD"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
+    "check": ("sharpscope.detectors", "check"),
     "folder": ("sharpscope.folders", "folder"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
@@ -43,6 +45,7 @@ __all__ = [
     "ScanResult",
     "Split",
     "__version__",
+    "check",
     "folder",
     "layers",
     "load",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sharpscope.calibration import calibration_error
 from sharpscope.curvature.estimate import mean_and_error
 from sharpscope.objective import Batch, Forward
 from sharpscope.table import MODEL, Array, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
-BINS = 15
 BOOTSTRAPS = 100
 
 
@@ -44,17 +44,6 @@ def per_example(
         found["confidence"].append(probability)
         found["loss"].append(cross_entropy(logits, targets, reduction="none"))
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
-
-
-def calibration_error(confidence: Array, correct: Array) -> float:
-    """Return the expected calibration error: mean over examples of |accuracy - confidence| of their bin, 15 equal bins.
-
-    Biased upward by sampling: a perfectly calibrated model shows a gap of order ``sqrt(bins / n)``.
-    Source: arXiv 1706.04599.
-    """
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(place, weights=correct - confidence.astype(np.float64), minlength=BINS)
-    return float(np.abs(gaps).sum() / len(correct))
 
 
 def _calibration(examples: dict[str, Array]) -> tuple[float, float]:

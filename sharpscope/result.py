@@ -13,6 +13,7 @@ import pandas as pd
 
 from sharpscope import journal
 from sharpscope.errors import UsageError
+from sharpscope.journal import replace_text as _replace
 from sharpscope.stragglers.correlation import co_movement, ood_error, with_distance
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
@@ -135,13 +136,6 @@ class ScanResult:
         from sharpscope.summary import as_html
 
         return as_html(self)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def open_result(folder: str | Path) -> ScanResult:

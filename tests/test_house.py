@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors"],
     ["table", "recipe"],
-    ["journal"],
+    ["journal", "calibration"],
     ["stragglers"],
     ["tree", "partition"],
     ["path", "ball", "losses"],
@@ -25,6 +25,7 @@ ROOMS = [
     ["folders", "finetune"],
     ["plan"],
     ["report", "summary", "result"],
+    ["detectors", "adapters"],
     ["scanner"],
     ["config", "doctor", "demo", "crosscheck"],
     ["commands", "cli", "__main__"],
