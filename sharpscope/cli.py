@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from sharpscope.result import ScanResult
 
 # Plain help: rich alone would take longer to load than --help may take.
-app = typer.Typer(
-    name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+app = typer.Typer(name="sharpscope", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 OUT = "sharpscope-report"
 INTERRUPTED = 130
 _NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
@@ -49,8 +48,24 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _say("interrupted; run the same command again to resume")
             raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            _say(f"error: {_unforeseen(error)}")
+            raise typer.Exit(SharpscopeError.exit_code) from None
 
     return run
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return a sentence on an error of the machine, or of this program; a crash must not read as "gate failed" (1)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return f"out of memory: {error}\n  fix: a smaller --batch-size; --limit for fewer images"
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the system'}: {error.strerror or error}\n  fix: see that it can be read and written"
+        )
+    return f"this is a fault of sharpscope, please report it\n{traceback.format_exc()}"
 
 
 def _show(result: ScanResult, folder: str | Path) -> None:
