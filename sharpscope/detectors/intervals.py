@@ -40,7 +40,8 @@ class Estimate:
         The distance of the value from the limit, in standard errors, grows with the root of their number. None if
         the value lies on the limit or the interval has no end.
         """
-        crossed = [limit for limit in (limits.low, limits.high) if self.low <= limit <= self.high]
+        ends = [limit for limit in (limits.low, limits.high) if math.isfinite(limit)]
+        crossed = [limit for limit in ends if self.low <= limit <= self.high]
         counts = [self._needed(limit) for limit in crossed]
         return None if not counts or None in counts else max(count for count in counts if count is not None)
 
