@@ -19,6 +19,9 @@ from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
 if TYPE_CHECKING:
+    import xarray
+
+    from sharpscope.adapters import Tracker
     from sharpscope.report.plots import Plots
 
 
@@ -112,6 +115,24 @@ class ScanResult:
         from sharpscope.report.plots import Plots
 
         return Plots(self)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the numbers on labelled axes; see :func:`sharpscope.adapters.to_xarray`."""
+        from sharpscope.adapters import to_xarray
+
+        return to_xarray(self)
+
+    def to_mlflow_metrics(self) -> dict[str, float]:
+        """Return flat metrics under names that MLflow takes; see :func:`sharpscope.adapters.to_mlflow_metrics`."""
+        from sharpscope.adapters import to_mlflow_metrics
+
+        return to_mlflow_metrics(self)
+
+    def log_to(self, tracker: Tracker) -> None:
+        """Log the path to anything with ``log(dict, step=)``; see :func:`sharpscope.adapters.log_to`."""
+        from sharpscope.adapters import log_to
+
+        log_to(self, tracker)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder."""
