@@ -140,6 +140,9 @@ def report(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Only algorithms that repeat bit by bit; slower on a GPU.")
+    ] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML with these settings; flags win.")] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,

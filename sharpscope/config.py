@@ -39,6 +39,7 @@ class Settings(BaseModel):
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")
+    deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
 
     @field_validator("ood", mode="before")

@@ -17,6 +17,7 @@ from sharpscope.folders import class_folders, folder, read_classnames
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, load, read_templates
 from sharpscope.plan import Plan, alphas_from, prepare
+from sharpscope.precision import deterministic_algorithms
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
@@ -133,7 +134,7 @@ def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = No
     progress
         See :func:`sharpscope.scan`.
     """
-    with _threads(chosen.threads):
+    with _threads(chosen.threads), deterministic_algorithms(chosen.deterministic):
         result = _scanned(chosen, material(chosen), fresh, progress)
     write_config(chosen, chosen.out)
     write(result, Path(chosen.out))
