@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +134,13 @@ def test_a_pyproject_and_a_file_of_its_own_hold_the_same_rules(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.sharpscope.check]\n" + body.format("tool.sharpscope.check."))
     assert read_rules(tmp_path / "own.toml") == read_rules(tmp_path / "pyproject.toml")
     assert read_rules(tmp_path / "own.toml").rules[0].detector == BarrierDetector(max=0.05)
+
+
+def test_the_rules_that_the_readme_shows_can_be_meant():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = re.search(r"```toml\n(\[tool.sharpscope.check\].*?)```", readme, flags=re.DOTALL)
+    found = rules_from(tomllib.loads(block.group(1))["tool"]["sharpscope"]["check"])
+    assert [rule.id for rule in found.rules] == ["ood-not-worse", "no-barrier", "stragglers"]
 
 
 def test_the_names_of_sharpness_are_those_of_the_measures():
