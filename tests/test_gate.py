@@ -108,6 +108,7 @@ def test_a_table_that_cannot_be_meant_is_named(table, said):
     [
         (None, "there is no file of rules .*rules.toml"),
         ("= 3", "rules.toml is no TOML"),
+        ("[tool.sharpscope]\ncheck = 3", "rules.toml: tool.sharpscope.check is 3, not a table"),
         (
             "[tool.sharpscop]\nx = 1",
             r"holds no \[tool.sharpscope.check\]: no 'sharpscope' in 'tool'.*\n.*'sharpscop'\?",
@@ -134,6 +135,11 @@ def test_a_pyproject_and_a_file_of_its_own_hold_the_same_rules(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.sharpscope.check]\n" + body.format("tool.sharpscope.check."))
     assert read_rules(tmp_path / "own.toml") == read_rules(tmp_path / "pyproject.toml")
     assert read_rules(tmp_path / "own.toml").rules[0].detector == BarrierDetector(max=0.05)
+
+
+def test_keys_may_be_written_with_hyphens():
+    rule = {**CHANGE, "min-change": -0.5}
+    assert rules_from({"keep-id": -1, "rules": [rule]}).rules[0].detector.min_change == -0.5
 
 
 def test_the_rules_that_the_readme_shows_can_be_meant():
@@ -473,7 +479,7 @@ def offered(tmp_path, monkeypatch):
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text(
-        "[sharpscope.detectors]\ndepth = test_gate:Depth\nplain = test_gate:Plain\n"
+        "[sharpscope.detectors]\ndepth = test_gate:Depth\ngone = test_gate:Gone\nplain = test_gate:Plain\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -491,6 +497,7 @@ def test_a_detector_of_another_package_is_named_in_rules(offered, scan):
         ({"detector": "depth", "limt": 3}, r"'limt' is no key of this rule\n  fix: did you mean 'limit'\?"),
         ({"detector": "depth", "limit": "x"}, "'limit': input should be a valid integer"),
         ({"detector": "depth"}, "'limit' is missing"),
+        ({"detector": "gone"}, "test_gate:Gone cannot be loaded: module 'test_gate' has no attribute 'Gone'"),
         ({"detector": "plain"}, "the detector cannot be made: missing a required argument: 'limit'"),
     ],
 )

@@ -114,13 +114,15 @@ def _table(stored: dict[str, Any], place: Path) -> dict[str, Any]:
             inside = nearest(key, found) if isinstance(found, dict) else "a table"
             raise UsageError(f"{place} holds no [{'.'.join(TABLE)}]: no {key!r} in {'.'.join(TABLE[:depth])!r}", inside)
         found = found[key]
-    return dict(found)
+    if not isinstance(found, dict):
+        raise UsageError(f"{place}: {'.'.join(TABLE)} is {found!r}, not a table", f"[{'.'.join(TABLE)}]")
+    return found
 
 
 def rules_from(table: Mapping[str, Any], source: str = "rules", known: tuple[str, ...] = ()) -> Rules:
     """Return the rules of a table as TOML gives it; see :func:`read_rules`."""
     try:
-        checked = _Table(**table)
+        checked = _Table(**_underscored(table))
     except ValidationError as error:
         raise UsageError(f"{source}: {_fault(error, tuple(_Table.model_fields))}") from error
     shared = {} if checked.keep_id is None else {"keep_id": checked.keep_id}
@@ -133,9 +135,15 @@ def rules_from(table: Mapping[str, Any], source: str = "rules", known: tuple[str
     return Rules(rules, checked.undecided)
 
 
+def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table with keys written with - or _ alike, as in the configuration of a report."""
+    return {name.replace("-", "_"): value for name, value in table.items()}
+
+
 def _rule(stored: Mapping[str, Any], shared: Mapping[str, Any], where: str, known: tuple[str, ...]) -> Rule:
     where += f" ({stored['id']!r})" if isinstance(stored.get("id"), str) else ""
     try:
+        stored = _underscored(stored)
         head = _Head(**stored)
         factory = _factory(head, known)
         settings = {name: value for name, value in stored.items() if name not in _HEAD}
@@ -153,7 +161,7 @@ def _rule(stored: Mapping[str, Any], shared: Mapping[str, Any], where: str, know
 def _factory(head: _Head, known: tuple[str, ...]) -> Callable[..., Detector]:
     """Return what makes the detector that a rule names."""
     if (head.measure is None) == (head.detector is None):
-        raise UsageError("a rule names a measure or a detector", "measure = 'accuracy'")
+        raise UsageError("a rule names a measure or a detector, and one of them only", "measure = 'accuracy'")
     if head.measure is not None:
         named = [*BUILT_IN, *dict.fromkeys((*SHARPNESS, *known))]
         if head.measure not in named:
@@ -163,7 +171,12 @@ def _factory(head: _Head, known: tuple[str, ...]) -> Callable[..., Detector]:
     name = head.detector or ""
     if name not in offered:
         raise UsageError(f"no installed package offers a detector {name!r}", nearest(name, offered))
-    factory: Callable[..., Detector] = offered[name].load()
+    try:
+        factory: Callable[..., Detector] = offered[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{offered[name].value} cannot be loaded: {error}", "see the package that offers it"
+        ) from error
     return factory
 
 
