@@ -255,6 +255,16 @@ def test_a_barrier_of_the_error_is_in_points():
     assert (found.verdict, found.score) == ("fail", pytest.approx(25))
 
 
+@pytest.mark.parametrize(("n", "verdict"), [(10, "undecided"), (100, "pass")])
+def test_models_that_agree_on_ten_images_are_not_certain_to_agree(n, verdict):
+    result = evaluated({(a, "id"): np.ones(n, dtype=bool) for a in (0.0, 0.5, 1.0)})
+    assert BarrierDetector(max=5, of="error")(result).verdict == verdict
+    change = {**CHANGE, "model": "alpha 0.5", "min_change": -5}
+    assert finding(result, **change).verdict == verdict
+    calibration = finding(result, measure="calibration_error", split="id", model="zero-shot", max=30)
+    assert (calibration.score, calibration.verdict) == (pytest.approx(25), verdict)
+
+
 def test_a_barrier_needs_a_place_between_the_ends():
     with pytest.raises(MeasurementError, match="a barrier needs both ends and an alpha between"):
         BarrierDetector(max=1)(ENDS)
@@ -362,7 +372,7 @@ def test_a_verdict_on_nan_cannot_be_given():
         Finding("x", "pass", math.nan, (0.0, 1.0), "")
     with pytest.raises(MeasurementError, match=r"calls 1.0 \(95 % interval nan to 2.0\) 'undecided'"):
         Finding("x", "undecided", 1.0, (math.nan, 2.0), "")
-    with pytest.raises(UsageError, match="gave the verdict 'passed'"):
+    with pytest.raises(MeasurementError, match="gave the verdict 'passed'"):
         Finding("x", "passed", 1.0, (1.0, 1.0), "")  # type: ignore[arg-type]
 
 

@@ -34,6 +34,13 @@ def barrier(heights: Array, alphas: Array, chord: Chord = "linear") -> tuple[Arr
     return gaps.mean(axis=1), np.cov(gaps) / heights.shape[1]
 
 
+def _unsure(covariance: Array, n: int) -> Array:
+    """Return the covariance with the variance of one disagreement where n images show none: no certainty from ten."""
+    inner = np.zeros(len(covariance))
+    inner[1:-1] = 1 / n**2
+    return np.asarray(covariance + np.diag(np.maximum(inner - np.diag(covariance), 0.0)))
+
+
 def highest(gaps: Array, covariance: Array, n: int) -> Estimate:
     """Return the largest gap with its 95 % interval.
 
@@ -87,8 +94,10 @@ class BarrierDetector:
         found = [self._heights(result, split, alphas) for split in splits]
         parts = [barrier(heights, alphas, self.chord) for heights in found]
         gaps = np.mean([gap for gap, _ in parts], axis=0)
-        covariance = np.sum([c for _, c in parts], axis=0) / len(parts) ** 2
-        estimate = highest(gaps, covariance, sum(heights.shape[1] for heights in found))
+        counts = [heights.shape[1] for heights in found]
+        sure = [c if self.of == "loss" else _unsure(c, n) for (_, c), n in zip(parts, counts, strict=True)]
+        covariance = np.sum(sure, axis=0) / len(parts) ** 2
+        estimate = highest(gaps, covariance, sum(counts))
         top = alphas[gaps.argmax()]
         what = f"barrier of the {self.of} on {self.split!r} above the {self.chord} chord, highest at alpha {top:g}"
         scale = PLAIN if self.of == "loss" else PERCENT

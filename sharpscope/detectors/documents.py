@@ -31,9 +31,8 @@ def junit(gate: GateResult) -> str:
     for check in gate.checks:
         _case(suite, check)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=False).join(
-        ('<?xml version="1.0" encoding="UTF-8"?>\n', "\n")
-    )
+    body = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
 
 
 def _case(suite: ElementTree.Element, check: Checked) -> None:

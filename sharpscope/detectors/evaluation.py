@@ -31,9 +31,9 @@ BOOTSTRAPS = 1000
 
 
 def _resampled(numbers: Callable[[np.ndarray], float], n: int) -> Estimate:
-    """Return a number of n images with its normal interval by the bootstrap."""
+    """Return a number of n images with its normal interval by the bootstrap, at least as wide as one image makes it."""
     random = np.random.default_rng(0)
-    spread = float(np.std([numbers(random.integers(0, n, n)) for _ in range(BOOTSTRAPS)], ddof=1))
+    spread = max(float(np.std([numbers(random.integers(0, n, n)) for _ in range(BOOTSTRAPS)], ddof=1)), 1 / n)
     value = numbers(np.arange(n))
     return Estimate(value, value - Z95 * spread, value + Z95 * spread, n)
 

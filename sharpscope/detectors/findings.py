@@ -39,9 +39,7 @@ class Finding:
     Raises
     ------
     MeasurementError
-        For a verdict on NaN or on an interval without order: such a number is never "pass".
-    UsageError
-        For a verdict that is none.
+        For a verdict on NaN or on an interval without order, which is never "pass", and for one that is no verdict.
     """
 
     detector: str
@@ -53,7 +51,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
-            raise UsageError(
+            raise MeasurementError(
                 f"detector {self.detector!r} gave the verdict {self.verdict!r}", f"one of: {', '.join(VERDICTS)}"
             )
         low, high = self.interval

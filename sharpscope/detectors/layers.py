@@ -102,7 +102,7 @@ class SharpnessDetector:
         A curvature measure of the scan, e.g. ``trace``.
     layer
         Layer id; ``model`` is the whole network.
-    model
+    model, keep_id
         See :class:`~sharpscope.detectors.EvaluationDetector`.
     max
         Limit of the value.
