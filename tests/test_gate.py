@@ -181,10 +181,10 @@ def test_the_same_weights_do_not_differ(scan):
 
 
 def test_a_candidate_is_judged_on_images_that_it_was_not_picked_on(scan):
-    from sharpscope.stragglers.recommendation import halves_of
+    from sharpscope.stragglers.recommendation import halves
 
     found = finding(scan, measure="accuracy", split="scans", min=10)
-    _, unseen = halves_of(500, 0)
+    _, unseen = halves(500, 0)
     assert found.score == pytest.approx(100 * scan.correct[0.4, "scans"][unseen].mean())
     whole = finding(scan, measure="accuracy", split="scans", model="alpha 0.4", min=10)
     assert whole.score == pytest.approx(100 * scan.correct[0.4, "scans"].mean())

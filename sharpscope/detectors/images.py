@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpscope.errors import MeasurementError, UsageError, nearest
-from sharpscope.stragglers.recommendation import halves_of
+from sharpscope.stragglers.recommendation import halves
 from sharpscope.table import Array, cell_key
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> flo
     if name in CHOSEN:
         return result.recommend(keep_id if name == "candidate" else None).alpha
     wanted = ENDS.get(name, _number(name))
-    scanned = sorted({float(cell.key.split("|")[0]) for cell in result.cells})
+    scanned = sorted(map(float, result.meta["alphas"]))
     near = min(scanned, key=lambda alpha: abs(alpha - wanted), default=None)  # type: ignore[operator]
     if near is None or wanted is None or abs(near - wanted) > 1e-9:
         known = ", ".join(f"{alpha:g}" for alpha in scanned) or "none"
@@ -99,5 +99,5 @@ def examples(result: ScanResult, alpha: float, split: str, chosen: bool = False)
             raise MeasurementError(f"{name} {where} holds {array[~np.isfinite(array)][0]}", "look at the loss there")
     if not chosen:
         return found
-    _, unseen = halves_of(len(found["correct"]), result.meta["seed"])
+    _, unseen = halves(len(found["correct"]), result.meta["seed"])
     return {name: array[unseen] for name, array in found.items()}

@@ -45,7 +45,7 @@ class Recommendation:
         return 0 < self.alpha < 1 and all(found[self.target].sign > 0 for found in self.versus.values())
 
 
-def halves_of(count: int, seed: int) -> tuple[Array, Array]:
+def halves(count: int, seed: int) -> tuple[Array, Array]:
     """Return the places of the images that alpha is chosen on and of those that it is quoted on."""
     order = np.random.default_rng(seed).permutation(count)
     return order[: count // 2], order[count // 2 :]
@@ -87,9 +87,9 @@ def recommend(
     target = list(ood) or [id_split]
     if small := next((s for s in {*target, id_split} if len(correct[0.0, s]) < 2), None):
         raise UsageError(f"{small!r} has one image; choosing and quoting take one half each", "more images")
-    halves = {s: halves_of(len(correct[0.0, s]), seed) for s in {*target, id_split}}
-    first = {s: h[0] for s, h in halves.items()}
-    second = {s: h[1] for s, h in halves.items()}
+    parts = {s: halves(len(correct[0.0, s]), seed) for s in {*target, id_split}}
+    first = {s: h[0] for s, h in parts.items()}
+    second = {s: h[1] for s, h in parts.items()}
 
     def score(alpha: float) -> float:
         return float(np.mean([correct[alpha, s][first[s]].mean() for s in target]))
