@@ -15,6 +15,7 @@ from sharpscope._version import __version__
 if TYPE_CHECKING:
     from sharpscope.crosscheck import verify
     from sharpscope.data import Split
+    from sharpscope.detectors import check
     from sharpscope.folders import folder
     from sharpscope.models import load
     from sharpscope.optim import SGDSPD, AdamSPD
@@ -32,6 +33,7 @@ _HOMES = {
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
     "across_models": ("sharpscope.stragglers.cohort", "across_models"),
+    "check": ("sharpscope.detectors", "check"),
     "folder": ("sharpscope.folders", "folder"),
     "images": ("sharpscope.sources", "images"),
     "layers": ("sharpscope.partition", "layers"),
@@ -48,6 +50,7 @@ __all__ = [
     "Split",
     "__version__",
     "across_models",
+    "check",
     "folder",
     "images",
     "layers",

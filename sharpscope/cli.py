@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sharpscope._version import __version__
-from sharpscope.errors import SharpscopeError, UsageError
+from sharpscope.errors import GateError, SharpscopeError, UsageError
 
 if TYPE_CHECKING:
     from sharpscope.result import ScanResult
 
 # Plain help: rich alone would take longer to load than --help may take.
-app = typer.Typer(
-    name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+app = typer.Typer(name="sharpscope", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 OUT = "sharpscope-report"
 REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 INTERRUPTED = 130
@@ -50,8 +49,24 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _say("interrupted; run the same command again to resume")
             raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            _say(f"error: {_unforeseen(error)}")
+            raise typer.Exit(SharpscopeError.exit_code) from None
 
     return run
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return a sentence on an error of the machine, or of this program; a crash must not read as "gate failed" (1)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return f"out of memory: {error}\n  fix: a smaller --batch-size; --limit for fewer images"
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the system'}: {error.strerror or error}\n  fix: see that it can be read and written"
+        )
+    return f"this is a fault of sharpscope, please report it\n{traceback.format_exc()}"
 
 
 def _show(result: ScanResult, folder: str | Path) -> None:
@@ -141,6 +156,9 @@ def report(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Only algorithms that repeat bit by bit; slower on a GPU.")
+    ] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML with these settings; flags win.")] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
@@ -179,6 +197,32 @@ def _again(folder: str, besides: list[str], audit: str | None) -> None:
     result = open_result(folder)
     write(result, folder, audit=audit)
     _show(result, folder)
+
+
+@app.command(short_help="Gate a saved scan by rules.")
+@guarded
+def check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A saved scan.")],
+    rules: Annotated[
+        str, typer.Option(metavar="FILE", help="TOML with [tool.sharpscope.check], or with that table's content.")
+    ],
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML, a test case a rule.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    md: Annotated[str | None, typer.Option(metavar="FILE", help="Write a table for a pull request.")] = None,
+    fail_on: Annotated[
+        str, typer.Option(metavar="fail|never", help="never: end with 0 where a rule failed; not where none could.")
+    ] = "fail",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the last line only.")] = False,
+) -> None:
+    """Judge a saved scan by rules: 0 passed, 1 failed, 3 not measured. Needs neither a model nor torch."""
+    from sharpscope.commands.check import gate
+
+    if fail_on not in ("fail", "never"):
+        raise UsageError(f"--fail-on is {fail_on!r}", "fail or never")
+    found = gate(folder, rules, {"junit": junit, "json": json, "md": md})
+    typer.echo(found.headline if quiet else str(found))
+    if found.exit_code != GateError.exit_code or fail_on == "fail":
+        raise typer.Exit(found.exit_code)
 
 
 @app.command(short_help="Show what the layers of a model are.")

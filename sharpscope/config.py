@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import UsageError, nearest
 from sharpscope.measures import DEFAULT
 from sharpscope.partition import Granularity
 
@@ -47,6 +46,7 @@ class Settings(BaseModel):
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")
+    deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
 
     @field_validator("ood", mode="before")
@@ -123,9 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _usage(fault: Mapping[str, Any]) -> UsageError:
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, Settings.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Settings.model_fields)}"
-        return UsageError(f"{name!r} is no setting", hint)
+        return UsageError(f"{name!r} is no setting", nearest(name, Settings.model_fields))
     what = Settings.model_fields[name].description
     if fault["type"] == "missing":
         return UsageError(f"{flag(name)} is missing: {what}", f"{flag(name)} ..., or {name!r} in the --config file")

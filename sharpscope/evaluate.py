@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sharpscope.calibration import calibration_error
 from sharpscope.curvature.estimate import mean_and_error
 from sharpscope.objective import Batch, Forward
 from sharpscope.table import MODEL, Array, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
-BINS = 15
 BOOTSTRAPS = 100
 
 
@@ -51,17 +51,6 @@ def judged(logits: Tensor, targets: Tensor, columns: Tensor | None = None) -> di
 def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Array]:
     """Return what was judged in batches as arrays over all examples."""
     return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
-
-
-def calibration_error(confidence: Array, correct: Array) -> float:
-    """Return the expected calibration error: mean over examples of |accuracy - confidence| of their bin, 15 equal bins.
-
-    Biased upward by sampling: a perfectly calibrated model shows a gap of order ``sqrt(bins / n)``.
-    Source: arXiv 1706.04599.
-    """
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(place, weights=correct - confidence.astype(np.float64), minlength=BINS)
-    return float(np.abs(gaps).sum() / len(correct))
 
 
 def _calibration(examples: dict[str, Array]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sharpscope import journal
 from sharpscope.errors import UsageError
+from sharpscope.journal import replace_text as _replace
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -25,6 +26,9 @@ from sharpscope.stragglers.wording import supported
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
 if TYPE_CHECKING:
+    import xarray
+
+    from sharpscope.adapters import Tracker
     from sharpscope.report.plots import Plots
 
 
@@ -227,6 +231,24 @@ class ScanResult:
 
         return Plots(self)
 
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the numbers on labelled axes; see :func:`sharpscope.adapters.to_xarray`."""
+        from sharpscope.adapters import to_xarray
+
+        return to_xarray(self)
+
+    def to_mlflow_metrics(self) -> dict[str, float]:
+        """Return flat metrics under names that MLflow takes; see :func:`sharpscope.adapters.to_mlflow_metrics`."""
+        from sharpscope.adapters import to_mlflow_metrics
+
+        return to_mlflow_metrics(self)
+
+    def log_to(self, tracker: Tracker) -> None:
+        """Log the path to anything with ``log(dict, step=)``; see :func:`sharpscope.adapters.log_to`."""
+        from sharpscope.adapters import log_to
+
+        log_to(self, tracker)
+
     def save(self, folder: str | Path) -> Path:
         """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder."""
         out = Path(folder)
@@ -250,13 +272,6 @@ class ScanResult:
         from sharpscope.summary import as_html
 
         return as_html(self)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def open_result(folder: str | Path) -> ScanResult:

@@ -264,6 +264,15 @@ def test_the_resolved_settings_repeat_the_run(run, flags, tmp_path, no_page):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_deterministic_is_recorded_and_lasts_as_long_as_the_scan(run, flags, tmp_path, no_page):
+    code, _, err = run("report", *flags, "--deterministic")
+    assert code == 0, err
+    facts = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert facts["provenance"]["deterministic"] is True
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert config.settings({}, tmp_path / "out" / "config.resolved.toml").deterministic is True
+
+
 def test_another_plan_in_the_same_folder_is_refused_unless_fresh(run, flags, no_page):
     assert run("report", *flags)[0] == 0
     code, _, err = run("report", *flags, "--seed", 7)

@@ -1,6 +1,7 @@
 """The house keeps its order: imports point one way, reading needs no torch, importing is light."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["journal"],
+    ["journal", "calibration"],
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
@@ -28,6 +29,7 @@ ROOMS = [
     ["plan"],
     ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
+    ["detectors", "adapters"],
     ["scanner"],
     ["config", "doctor", "demo", "crosscheck", "criticality"],
     ["commands", "cli", "__main__"],
@@ -72,6 +74,7 @@ def test_imports_point_one_way(path):
         ("import sharpscope; sharpscope.scan, sharpscope.layers", {"matplotlib", "transformers"}),
         ("import sharpscope; sharpscope.load", {"matplotlib", "transformers", "open_clip", "timm", "torchvision"}),
         ("import sharpscope.report.page", {"torch", "transformers"}),
+        ("import sharpscope.commands.check", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
     ],
 )
@@ -81,6 +84,19 @@ def test_importing_loads_nothing_it_does_not_need(statement, absent):
     assert done.stdout.strip() == ""
 
 
+def test_the_package_is_imported_in_60_ms():
+    code = "import time; t = time.process_time(); import sharpscope; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.06  # about 1 ms: it loads nothing but itself
+
+
+def test_the_times_that_the_benchmark_found_keep_their_limits():
+    found = json.loads((PACKAGE.parent / "benchmarks" / "results" / "imports.json").read_text())
+    assert found["lines"]["sharpscope --help"]["wall_seconds"] < found["limits"]["sharpscope --help"] == 0.3
+    added = "added to torch by import sharpscope"
+    assert found[added]["worst_seconds"] < found["limits"][added] == 0.06
+
+
 def test_no_public_name_is_shadowed_by_a_module():
     import sharpscope
 
@@ -88,7 +104,7 @@ def test_no_public_name_is_shadowed_by_a_module():
     assert not modules & set(sharpscope.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split", "verify"])
+@pytest.mark.parametrize("name", ["scan", "layers", "check", "open", "load", "folder", "ScanResult", "Split", "verify"])
 def test_every_public_name_resolves_and_is_documented(name):
     import sharpscope
 

@@ -67,6 +67,14 @@ BREAKAGES = {
         "table.py", "if not math.isfinite(self.value) or math.isnan(self.stderr):", "if False:",
         "test_journal.py::test_a_row_cannot_hold_a_number_that_is_none[nan]",
     ),
+    "a gate takes NaN for a number": (
+        "detectors/findings.py", 'if self.verdict != "unmeasured" and not (', "if False and not (",
+        "test_gate.py::test_a_verdict_on_nan_cannot_be_given",
+    ),
+    "a candidate is judged on the images that picked it": (
+        "detectors/images.py", "if not chosen:", "if True:",
+        "test_gate.py::test_a_candidate_is_judged_on_images_that_it_was_not_picked_on",
+    ),
     "the path is walked backwards": (
         "path.py", "mix(tensor, self.end[name], alpha)", "mix(tensor, self.end[name], 1 - alpha)",
         "test_scan.py::test_both_ends_have_the_dense_curvature_and_the_plain_accuracy[mlp]",

@@ -22,6 +22,7 @@ from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
 from sharpscope.plan import Plan, alphas_from, prepare
+from sharpscope.precision import deterministic_algorithms
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
@@ -172,7 +173,7 @@ def measure(
     """
     if audit is not None:
         read_audit(audit)  # before hours of measuring
-    with _threads(chosen.threads):
+    with _threads(chosen.threads), deterministic_algorithms(chosen.deterministic):
         result = _scanned(chosen, material(chosen, progress=progress), fresh, progress)
     write_config(chosen, chosen.out)
     write(result, Path(chosen.out), audit=audit)
