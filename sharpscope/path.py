@@ -9,8 +9,6 @@ from torch import Tensor
 
 from sharpscope.tree import Tree, check_same_structure
 
-CONVENTION = "alpha 0 = zero-shot (start), alpha 1 = fine-tuned (end)"
-
 
 def mix(start: Tensor, end: Tensor, alpha: float) -> Tensor:
     """Return ``start + alpha * (end - start)``, computed in float32 or better; exact at both ends."""

@@ -22,9 +22,10 @@ from sharpscope.measures import Measure
 from sharpscope.network import Network, network
 from sharpscope.objective import Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
-from sharpscope.path import CONVENTION, Path
+from sharpscope.path import Path
 from sharpscope.precision import Precision
 from sharpscope.provenance import provenance
+from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")

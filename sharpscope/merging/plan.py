@@ -1,0 +1,272 @@
+"""What a merge is going to do, tensor by tensor, checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope._version import __version__
+from sharpscope.errors import MismatchError, ModelError
+from sharpscope.merging.names import alphas_of, bare_names, layers_of
+from sharpscope.merging.weights import TorchFile, Weights
+from sharpscope.partition import Granularity
+from sharpscope.path import mix
+from sharpscope.recipe import CONVENTION, Recipe
+
+BUFFERS = "integers"  # what counts and indexes is in no layer
+_COUNTER = "num_batches_tracked"
+_ONE = "two checkpoints of one architecture, saved by the same library"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a layer, its alpha, how many tensors and bytes it has."""
+
+    layer: str
+    alpha: float
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Two checkpoints and the alpha of each tensor; :meth:`tensor` computes one.
+
+    Attributes
+    ----------
+    zero_shot, fine_tuned
+        The sources.
+    recipe, granularity
+        Layer patterns and what they are patterns of.
+    partners
+        Key in the fine-tuned checkpoint -> key in the zero-shot one.
+    homes
+        Key -> layer id, :data:`BUFFERS` for integers.
+    alphas
+        Layer id -> alpha, in depth order.
+    """
+
+    zero_shot: Weights
+    fine_tuned: Weights
+    recipe: Recipe
+    granularity: Granularity
+    partners: Mapping[str, str]
+    homes: Mapping[str, str]
+    alphas: Mapping[str, float]
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the table, layer by layer; integers last, with the alpha of the source that they are copied from."""
+        for layer in [*self.alphas, *([BUFFERS] if BUFFERS in self.homes.values() else [])]:
+            keys = [key for key, home in self.homes.items() if home == layer]
+            size = sum(self.fine_tuned.spec(key).nbytes for key in keys)
+            yield Line(layer, self.alphas.get(layer, 1.0), len(keys), size)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(line.nbytes for line in self.lines())
+
+    def tensor(self, key: str) -> Tensor:
+        """Return the merged tensor in the fine-tuned model's dtype; at alpha 0 and 1 the source's bytes.
+
+        Cost: both sources' tensors are read, nothing else is held.
+
+        Raises
+        ------
+        MismatchError
+            If integers differ between the ends.
+        ModelError
+            If the result is not finite.
+        """
+        alpha = self.alphas.get(self.homes[key])
+        end = self.fine_tuned.tensor(key)
+        if alpha == 1.0 or key not in self.partners:
+            return end
+        start = self.zero_shot.tensor(self.partners[key])
+        if alpha is None:
+            return self._integers(key, start, end)
+        if start.dtype != end.dtype:
+            wide = torch.float64 if torch.float64 in (start.dtype, end.dtype) else torch.float32
+            merged = mix(start.to(wide), end.to(wide), alpha).to(end.dtype)
+        else:
+            merged = mix(start, end, alpha)
+        if merged is not start and merged is not end and not bool(torch.isfinite(merged.float()).all()):
+            raise ModelError(
+                f"{key!r} is not finite at alpha {alpha:g}",
+                "look for infinities in both checkpoints; outside of [0, 1] half precision may overflow",
+            )
+        return merged
+
+    def _integers(self, key: str, start: Tensor, end: Tensor) -> Tensor:
+        """Return the fine-tuned model's; those of the zero-shot model must be the same, but for counters of batches."""
+        ends = set(self.alphas.values())
+        if ends in ({0.0}, {1.0}):
+            return start if ends == {0.0} else end
+        if not key.endswith(_COUNTER) and not torch.equal(start, end):
+            raise MismatchError(
+                f"{key!r} holds {str(end.dtype).removeprefix('torch.')} that differ between the models: there is "
+                "nothing between them",
+                "make them the same in both checkpoints",
+            )
+        return end
+
+    @property
+    def notes(self) -> list[str]:
+        """What the result must be read with."""
+        return [*self._casts(), *self._statistics()]
+
+    def _casts(self) -> Iterator[str]:
+        kinds = {key: (self.zero_shot.spec(p).dtype, self.fine_tuned.spec(key).dtype) for key, p in self.partners.items()}
+        mixed = [key for key, (start, end) in kinds.items() if start != end]
+        if mixed:
+            start, end = (str(kind).removeprefix("torch.") for kind in kinds[mixed[0]])
+            yield (
+                f"{len(mixed)} tensors are {start} in the zero-shot and {end} in the fine-tuned model "
+                f"({mixed[0]}, ...); they are written as {end}"
+            )
+
+    def _statistics(self) -> Iterator[str]:
+        inner = (key for key, home in self.homes.items() if self.alphas.get(home, 1.0) not in (0.0, 1.0))
+        if found := [key for key in inner if key.endswith(("running_mean", "running_var"))]:
+            yield (
+                f"{len(found)} tensors are batch-norm statistics ({found[0]}, ...); between the ends they are wrong "
+                "without recalibration"
+            )
+
+    def facts(self) -> dict[str, str]:
+        """Return what is stored in the metadata of each file of the result."""
+        return {
+            "sharpscope.version": __version__,
+            "sharpscope.alpha_convention": CONVENTION,
+            "sharpscope.recipe": json.dumps(self.recipe.rules),
+            "sharpscope.granularity": self.granularity,
+            "sharpscope.zero_shot.sha256": self.zero_shot.sha256,
+            "sharpscope.fine_tuned.sha256": self.fine_tuned.sha256,
+        }
+
+    def __repr__(self) -> str:
+        rows = [("layer", "alpha", "tensors", "bytes")]
+        rows += [(ln.layer, f"{ln.alpha:g}", str(ln.tensors), f"{ln.nbytes:,}") for ln in self.lines()]
+        rows.append(("all", "", str(len(self.homes)), f"{self.nbytes:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            row[0].ljust(widths[0]) + "".join("  " + t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        )
+
+
+def merge_plan(
+    zero_shot: Weights,
+    fine_tuned: Weights,
+    recipe: Recipe,
+    *,
+    granularity: Granularity = "block",
+    scanned: Mapping[str, Sequence[str]] | None = None,
+) -> MergePlan:
+    """Return what a merge would do.
+
+    Parameters
+    ----------
+    zero_shot, fine_tuned
+        See :func:`sharpscope.merging.weights.read_weights`. The result has the keys, dtypes and files of the second.
+    recipe
+        Layer patterns and alphas.
+    granularity, scanned
+        What a layer is; ``scanned`` are the layers of a scan, tensor by tensor.
+
+    Raises
+    ------
+    MismatchError
+        If a key, a shape or a kind of number differs between the two, or their configurations do.
+    UsageError
+        If a rule of the recipe matches no layer.
+    """
+    partners = _partners(zero_shot, fine_tuned)
+    _check_function(zero_shot, fine_tuned)
+    floating = [key for key in fine_tuned.keys if fine_tuned.spec(key).dtype.is_floating_point]
+    homes = layers_of(floating, granularity, scanned)
+    alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
+    homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
+    plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)
+    _check_shared(plan)
+    return plan
+
+
+def _partners(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
+    names, theirs = bare_names(fine_tuned.keys), bare_names(zero_shot.keys)
+    place = {name: key for key, name in theirs.items()}
+    # Older versions of transformers saved these indices, newer ones make them.
+    if odd := sorted(n for n in place.keys() ^ set(names.values()) if not n.endswith("position_ids")):
+        culprit = zero_shot if odd[0] not in place else fine_tuned
+        raise MismatchError(
+            "the models do not share an architecture: "
+            f"{len(theirs)} tensors in {zero_shot.root}, {len(names)} in {fine_tuned.root}; "
+            f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
+            _way_out(odd),
+        )
+    shared = {key: name for key, name in names.items() if name in place}
+    for key, name in shared.items():
+        first, second = zero_shot.spec(place[name]), fine_tuned.spec(key)
+        if first.shape != second.shape or first.dtype.is_floating_point != second.dtype.is_floating_point:
+            raise MismatchError(
+                f"tensor {name!r} is {first} in {zero_shot.root} but {second} in {fine_tuned.root}", _ONE
+            )
+    return {key: place[name] for key, name in shared.items()}
+
+
+def _way_out(odd: Sequence[str]) -> str:
+    if any("lora_" in name for name in odd):
+        return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
+    if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
+        return "one is open_clip's, the other transformers': convert one of them first"
+    return _ONE
+
+
+# Settings that change the function and no shape: weights of one load silently into the other.
+_FUNCTION = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size", "quick_gelu", "heads")
+
+
+def _check_function(zero_shot: Weights, fine_tuned: Weights) -> None:
+    first, second = _config(zero_shot), _config(fine_tuned)
+    for name, value in second.items():
+        if name.rpartition(".")[2] in _FUNCTION and first.get(name, value) != value:
+            raise MismatchError(
+                f"{name} is {first[name]!r} in {zero_shot.root} but {value!r} in {fine_tuned.root}",
+                "a checkpoint and its fine-tuned self, saved with the same configuration",
+            )
+
+
+def _config(weights: Weights) -> dict[str, Any]:
+    """Return the configuration beside the weights, flat; empty if there is none."""
+    names = ("config.json", "open_clip_config.json")
+    file = next((weights.root / n for n in names if weights.root.is_dir() and (weights.root / n).is_file()), None)
+    try:
+        return {} if file is None else dict(_flat(json.loads(file.read_text(encoding="utf-8")), ""))
+    except ValueError as error:
+        raise ModelError(f"{file} is no JSON: {error}", "copy the checkpoint anew") from error
+
+
+def _flat(found: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, found
+
+
+def _check_shared(plan: MergePlan) -> None:
+    """Raise if one tensor under two names would get two alphas."""
+    for file in plan.fine_tuned.files:
+        for keys in file.shared() if isinstance(file, TorchFile) else []:
+            found = {plan.alphas.get(plan.homes[key], 1.0): key for key in keys}
+            if len(found) > 1:
+                (a, one), (b, other) = [*found.items()][:2]
+                raise MismatchError(
+                    f"{one!r} and {other!r} are one tensor, but the recipe gives them alpha {a:g} and {b:g}",
+                    "one rule for both their layers",
+                )
