@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from sharpscope._version import __version__
 
 if TYPE_CHECKING:
+    from sharpscope.comparison import diff
     from sharpscope.crosscheck import verify
     from sharpscope.data import Split
     from sharpscope.folders import folder
+    from sharpscope.merging import merge
     from sharpscope.models import load
     from sharpscope.optim import SGDSPD, AdamSPD
     from sharpscope.partition import layers
+    from sharpscope.recipe import Recipe
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
@@ -27,11 +30,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdamSPD": ("sharpscope.optim", "AdamSPD"),
     "SGDSPD": ("sharpscope.optim", "SGDSPD"),
+    "Recipe": ("sharpscope.recipe", "Recipe"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
+    "diff": ("sharpscope.comparison", "diff"),
     "folder": ("sharpscope.folders", "folder"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
+    "merge": ("sharpscope.merging", "merge"),
     "open": ("sharpscope.result", "open_result"),
     "scan": ("sharpscope.scanner", "scan"),
     "verify": ("sharpscope.crosscheck", "verify"),
@@ -40,12 +46,15 @@ _HOMES = {
 __all__ = [
     "SGDSPD",
     "AdamSPD",
+    "Recipe",
     "ScanResult",
     "Split",
     "__version__",
+    "diff",
     "folder",
     "layers",
     "load",
+    "merge",
     "open",
     "scan",
     "verify",

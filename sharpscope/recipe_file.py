@@ -47,10 +47,16 @@ class RecipeFile:
     def text(self) -> str:
         """Return the TOML that :func:`read_recipe` reads back to an equal value."""
         lines = [_HEAD, f"alpha_convention = {_toml(CONVENTION)}", f"granularity = {_toml(self.granularity)}"]
-        lines += ["rules = [", *(f"  [{_toml(pattern)}, {float(alpha)!r}]," for pattern, alpha in self.recipe.rules), "]"]
+        lines += [
+            "rules = [",
+            *(f"  [{_toml(pattern)}, {float(alpha)!r}]," for pattern, alpha in self.recipe.rules),
+            "]",
+        ]
         if self.predicted:
             lines += ["", "[predicted]  # accuracy, %"]
-            lines += [f"{_toml(name)} = [{float(low)!r}, {float(high)!r}]" for name, (low, high) in self.predicted.items()]
+            lines += [
+                f"{_toml(name)} = [{float(low)!r}, {float(high)!r}]" for name, (low, high) in self.predicted.items()
+            ]
         if self.sources:
             lines += ["", "[sources]", *(f"{_toml(name)} = {_toml(value)}" for name, value in self.sources.items())]
         return "\n".join(lines) + "\n"

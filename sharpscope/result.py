@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ class ScanResult:
 
     def recommend(self, keep_id: float | None = None) -> Recommendation:
         """Return the alpha to ship; ``keep_id`` (zero or negative) is how many points of ID accuracy may go."""
-        return recommend(self.correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+        found = recommend(self.correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+        return replace(found, scan=self.meta)
 
     @property
     def plot(self) -> Plots:

@@ -15,6 +15,7 @@ ROOMS = [
     ["journal"],
     ["stragglers"],
     ["tree", "partition"],
+    ["recipe_file"],
     ["path", "ball", "losses"],
     ["objective"],
     ["network", "data", "precision", "provenance"],
@@ -22,9 +23,11 @@ ROOMS = [
     ["perturbation", "evaluate"],
     ["measures", "memory", "progress"],
     ["models", "optim"],
-    ["folders", "finetune"],
+    ["folders", "finetune", "merging"],
+    ["conversion"],
     ["plan"],
     ["report", "summary", "result"],
+    ["prediction", "comparison"],
     ["scanner"],
     ["config", "doctor", "demo", "crosscheck"],
     ["commands", "cli", "__main__"],
@@ -68,6 +71,8 @@ def test_imports_point_one_way(path):
         ("import sharpscope.result, sharpscope.stragglers.correlation", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope; sharpscope.scan, sharpscope.layers", {"matplotlib", "transformers"}),
         ("import sharpscope.report.page", {"torch", "transformers"}),
+        ("import sharpscope.comparison, sharpscope.prediction, sharpscope.recipe_file", {"torch", "transformers"}),
+        ("import sharpscope.commands.diff", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
     ],
 )
@@ -84,7 +89,9 @@ def test_no_public_name_is_shadowed_by_a_module():
     assert not modules & set(sharpscope.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split", "verify"])
+@pytest.mark.parametrize(
+    "name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split", "verify", "merge", "diff"]
+)
 def test_every_public_name_resolves_and_is_documented(name):
     import sharpscope
 

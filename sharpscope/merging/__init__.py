@@ -73,8 +73,7 @@ def write_plan(
 ) -> Path:
     """Write what a plan says, with the accuracies that are predicted (name -> interval in %); return ``out``."""
     sources = {
-        role: str(source.root)
-        for role, source in (("zero_shot", plan.zero_shot), ("fine_tuned", plan.fine_tuned))
+        role: str(source.root) for role, source in (("zero_shot", plan.zero_shot), ("fine_tuned", plan.fine_tuned))
     }
     hashes = {"zero_shot_sha256": plan.zero_shot.sha256, "fine_tuned_sha256": plan.fine_tuned.sha256}
     stored = RecipeFile(plan.recipe, plan.granularity, predicted or {}, {**sources, **hashes})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -86,7 +85,9 @@ def _check_target(plan: MergePlan, target: Path, overwrite: bool) -> None:
             )
         return
     if not overwrite:
-        raise UsageError(f"{target} exists already", "--overwrite (overwrite=True) replaces it, or choose another --out")
+        raise UsageError(
+            f"{target} exists already", "--overwrite (overwrite=True) replaces it, or choose another --out"
+        )
     is_merge = (target / NAME).is_file() if target.is_dir() else _recipe_place(target).is_file()
     if not is_merge or target.is_dir() != plan.fine_tuned.root.is_dir():
         raise UsageError(f"{target} is no merge that was written before; it is not replaced", "choose another --out")
@@ -94,7 +95,10 @@ def _check_target(plan: MergePlan, target: Path, overwrite: bool) -> None:
 
 def _check_room(plan: MergePlan, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(target.parent).free, (1 + isinstance(plan.fine_tuned.files[0], TorchFile)) * plan.nbytes + _SPARE
+    free, needed = (
+        shutil.disk_usage(target.parent).free,
+        (1 + isinstance(plan.fine_tuned.files[0], TorchFile)) * plan.nbytes + _SPARE,
+    )
     if free < needed:
         raise SharpscopeError(
             f"{target.parent} has {free / 1e6:,.0f} MB left, the merge takes {needed / 1e6:,.0f} MB",
@@ -147,7 +151,7 @@ def _write_directory(plan: MergePlan, folder: Path, stored: RecipeFile) -> None:
 def _write_file(plan: MergePlan, source: WeightsFile, target: Path) -> None:
     if isinstance(source, SafetensorsFile):
         write_safetensors(source, target, plan.tensor, plan.facts())
-    elif isinstance(source, TorchFile):
+    else:
         write_torch(source, target, plan.tensor)
 
 
@@ -171,7 +175,9 @@ def write_safetensors(like: SafetensorsFile, target: Path, tensor: Tensors, fact
         file.flush()
         os.fsync(file.fileno())
     if SafetensorsFile(target).specs != like.specs:
-        raise SharpscopeError(f"{target.name} was written, but reads back otherwise", "report this with both checkpoints")
+        raise SharpscopeError(
+            f"{target.name} was written, but reads back otherwise", "report this with both checkpoints"
+        )
 
 
 def _append(file: BinaryIO, tensor: Tensor) -> None:
@@ -187,7 +193,11 @@ def write_torch(like: TorchFile, target: Path, tensor: Tensors) -> None:
     """
     first = {key: keys[0] for keys in like.shared() for key in keys}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as scratch:
-        own = {key: _mapped(tensor(key), Path(scratch) / str(i)) for i, key in enumerate(like.specs) if first.get(key, key) == key}
+        own = {
+            key: _mapped(tensor(key), Path(scratch) / str(i))
+            for i, key in enumerate(like.specs)
+            if first.get(key, key) == key
+        }
         state = {key: own[first.get(key, key)] for key in like.specs}
         with target.open("wb") as file:
             torch.save(state if like.wrapper is None else {like.wrapper: state}, file)

@@ -121,7 +121,9 @@ class MergePlan:
         return [*self._casts(), *self._statistics()]
 
     def _casts(self) -> Iterator[str]:
-        kinds = {key: (self.zero_shot.spec(p).dtype, self.fine_tuned.spec(key).dtype) for key, p in self.partners.items()}
+        kinds = {
+            key: (self.zero_shot.spec(p).dtype, self.fine_tuned.spec(key).dtype) for key, p in self.partners.items()
+        }
         mixed = [key for key, (start, end) in kinds.items() if start != end]
         if mixed:
             start, end = (str(kind).removeprefix("torch.") for kind in kinds[mixed[0]])

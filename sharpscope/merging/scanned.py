@@ -8,13 +8,28 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import ModelError, SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan, merge_plan
 from sharpscope.merging.weights import Weights, read_weights
 from sharpscope.recipe import Recipe
 from sharpscope.tree import fingerprint
 
 _ROLES = {"zero_shot": "zero-shot", "fine_tuned": "fine-tuned"}
+
+
+def on_disk(model: Any) -> dict[str, str]:
+    """Return ``path`` and ``sha256`` of the weights that a model was read from.
+
+    Nothing for a module in memory, or where a model came from somewhere that no merge can read.
+    """
+    place = getattr(model, "where", None)
+    if place is None:
+        return {}
+    try:
+        weights = read_weights(place)
+    except SharpscopeError:
+        return {}
+    return {"path": str(weights.root), "sha256": weights.sha256}
 
 
 def scanned_plan(
@@ -63,7 +78,8 @@ def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> 
         known, now = facts["hash"], fingerprint(_Lazy(weights))
     if known != now:
         raise ModelError(
-            f"{weights.root} is not the {_ROLES[role]} model that was scanned: its hash is {now[:12]}, not {known[:12]}",
+            f"{weights.root} is not the {_ROLES[role]} model that was scanned: its hash is {now[:12]}, that of the scan "
+            f"{known[:12]}",
             "scan it again, name the checkpoint that was scanned, or merge without a scan: "
             "sharpscope.merge(zero_shot, fine_tuned, recipe, out)",
         )

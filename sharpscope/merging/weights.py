@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +27,7 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops put the weights
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops put the weights
 _AGAIN = "copy or save the checkpoint anew"
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError)
 
@@ -47,17 +46,6 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
-
-
-class WeightsFile(Protocol):
-    """One file of tensors."""
-
-    path: Path
-    specs: Mapping[str, Spec]
-
-    def tensor(self, key: str) -> Tensor:
-        """Return one tensor; only it is read."""
-        ...
 
 
 class SafetensorsFile:
@@ -93,7 +81,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         stored = _stored(path)
-        self.wrapper = next((key for key in _WRAPPERS if isinstance(stored.get(key), dict)), None)
+        self.wrapper = next((key for key in WRAPPERS if isinstance(stored.get(key), dict)), None)
         weights = stored if self.wrapper is None else stored[self.wrapper]
         self.besides = sorted(str(key) for key in stored) if self.wrapper else []
         self.besides = [key for key in self.besides if key != self.wrapper]
@@ -117,6 +105,9 @@ class TorchFile:
         return [keys for keys in groups.values() if len(keys) > 1]
 
 
+WeightsFile = SafetensorsFile | TorchFile
+
+
 def _spec(tensor: Tensor) -> Spec:
     return Spec(tensor.dtype, tuple(tensor.shape))
 
@@ -136,7 +127,9 @@ def _stored(path: Path) -> dict[str, Any]:
             ) from error
         raise _damaged(path, error) from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__}, no state dict", "torch.save(model.state_dict(), FILE)")
+        raise ModelError(
+            f"{path} holds a {type(found).__name__}, no state dict", "torch.save(model.state_dict(), FILE)"
+        )
     return found
 
 

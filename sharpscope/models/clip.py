@@ -26,6 +26,8 @@ class ClipModel:
     ----------
     name
         The reference it was loaded by.
+    where
+        The directory or hub id that it was read from.
     network
         The ``transformers.CLIPModel``, float32, in evaluation mode.
     templates
@@ -36,17 +38,17 @@ class ClipModel:
         self.name = name
         self.network = network
         self.templates = templates
-        self._where = where
+        self.where = where
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of transformers; ``ModelError`` if the checkpoint has none."""
-        return checkpoint.read_tokenizer(self._where)
+        return checkpoint.read_tokenizer(self.where)
 
     @cached_property
     def image_processor(self) -> Any:
         """The image processor of transformers, the one without torchvision; ``ModelError`` if there is none."""
-        return checkpoint.read_image_processor(self._where)
+        return checkpoint.read_image_processor(self.where)
 
     def classifier(self, classes: Sequence[str], *, like: ClipModel | None = None) -> ImageClassifier:
         """Return the image tower with a zero-shot head of these classes; its weights are shared with this model.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sharpscope.errors import UsageError
+from sharpscope.recipe import Recipe
 from sharpscope.stragglers.paired import Difference, difference, mean_difference
 from sharpscope.table import Array
 
@@ -31,6 +34,8 @@ class Recommendation:
         split ``"mean OOD"`` weighs each OOD set the same.
     ties
         Alphas whose paired interval against the chosen one covers zero.
+    scan
+        The ``meta`` of the scan that it is of, which says where the models are.
     """
 
     alpha: float
@@ -38,11 +43,49 @@ class Recommendation:
     target: str
     versus: dict[str, dict[str, Difference]]
     ties: tuple[float, ...]
+    scan: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def beats_both_ends(self) -> bool:
         """Whether the chosen alpha is better than both ends by more than the paired interval, on mean OOD or ID."""
         return 0 < self.alpha < 1 and all(found[self.target].sign > 0 for found in self.versus.values())
+
+    @property
+    def recipe(self) -> Recipe:
+        """The alpha of every layer."""
+        return Recipe.uniform(self.alpha)
+
+    def merge(
+        self,
+        out: str | Path,
+        *,
+        zero_shot: str | Path | None = None,
+        fine_tuned: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the recommended checkpoint in the layout of the fine-tuned one; return ``out``.
+
+        Parameters
+        ----------
+        out
+            Directory or file that is written, see :func:`sharpscope.merge`.
+        zero_shot, fine_tuned
+            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, their state
+            dicts. They must be what was scanned: their hashes are compared.
+        overwrite
+            Replace a merge that is there already.
+
+        Raises
+        ------
+        UsageError, ModelError, MismatchError
+            See :func:`sharpscope.merging.scanned_plan` and :func:`sharpscope.merge`.
+        """
+        from sharpscope.merging import scanned_plan, write_plan  # torch, only where weights are written
+
+        if self.scan is None:
+            raise UsageError("this recommendation is not of a saved scan", "result.recommend().merge(out)")
+        plan = scanned_plan(self.scan, self.recipe, zero_shot=zero_shot, fine_tuned=fine_tuned)
+        return write_plan(plan, out, overwrite=overwrite)
 
 
 def _halves(count: int, seed: int) -> tuple[Array, Array]:
