@@ -29,6 +29,9 @@ class Comparison:
     ----------
     same_plan
         Whether weights, data, layers and all settings that determine the numbers are equal.
+    same_images
+        Whether sharpness was measured on the same images; else its changes hold what other images do, which the
+        errors of probes do not cover.
     settings
         ``setting first second``, one row per setting that differs.
     layers
@@ -45,6 +48,7 @@ class Comparison:
     """
 
     same_plan: bool
+    same_images: bool
     settings: pd.DataFrame
     layers: pd.DataFrame
     accuracy: pd.DataFrame
@@ -55,7 +59,7 @@ class Comparison:
         """Return all of it as JSON; an unknown bound is null."""
         frames = {name: getattr(self, name) for name in ("settings", "layers", "accuracy", "verdicts")}
         found = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
-        facts = {"same_plan": self.same_plan, "recommended": list(self.recommended)}
+        facts = {"same_plan": self.same_plan, "same_images": self.same_images, "recommended": list(self.recommended)}
         return json.dumps({**facts, **found}, indent=1, allow_nan=False)
 
 
@@ -80,12 +84,21 @@ def diff(first: ScanResult, second: ScanResult) -> Comparison:
         )
     return Comparison(
         same_plan=first.meta["plan"] == second.meta["plan"],
+        same_images=_images(first) == _images(second),
         settings=_settings(first.meta, second.meta),
         layers=layers,
         accuracy=accuracy,
         verdicts=_verdicts(first, second),
         recommended=(_recommended(first), _recommended(second)),
     )
+
+
+def _images(result: ScanResult) -> tuple[Any, ...]:
+    """Return what decides which images sharpness was measured on."""
+    facts = result.meta["splits"][result.curvature_split]
+    plan = result.meta["plan"]
+    drawn = facts["measured"] < facts["n"]
+    return facts["fingerprint"], facts["measured"], plan.get("seed") if drawn else None
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -97,13 +110,19 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> pd.DataFrame:
-    mine, theirs = ({**dict(_flat(m["plan"], "")), **_facts(m)} for m in (first, second))
-    names = [*mine, *(name for name in theirs if name not in mine)]
-    rows = [(name, mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)]
+    rows = []
+    for facts in (_plan, _besides):
+        mine, theirs = facts(first), facts(second)
+        names = dict.fromkeys([*mine, *theirs])
+        rows += [(name, mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)]
     return pd.DataFrame(rows, columns=["setting", "first", "second"], dtype=object)
 
 
-def _facts(meta: Mapping[str, Any]) -> dict[str, Any]:
+def _plan(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(_flat(meta["plan"], ""))
+
+
+def _besides(meta: Mapping[str, Any]) -> dict[str, Any]:
     names = {f"models.{role}": facts.get("name") for role, facts in meta.get("models", {}).items()}
     return {**names, **dict(_flat({key: meta.get(key) for key in _ALSO}, ""))}
 
@@ -112,7 +131,7 @@ def _layers(first: ScanResult, second: ScanResult) -> pd.DataFrame:
     found = first.layers.merge(second.layers, on=_LAYER_KEYS, suffixes=("_a", "_b"), sort=False)
     widths = [
         _joint(
-            row.measure, _width(row.measure, row.stderr_a, row.draws_a), _width(row.measure, row.stderr_b, row.draws_b)
+            row.measure, reach(row.measure, row.stderr_a, row.draws_a), reach(row.measure, row.stderr_b, row.draws_b)
         )
         for row in found.itertuples()
     ]
@@ -120,10 +139,6 @@ def _layers(first: ScanResult, second: ScanResult) -> pd.DataFrame:
     width = np.maximum(np.array(widths, dtype=float), ROUNDING * size)
     found = found.rename(columns={"value_a": "first", "value_b": "second"})
     return _with_change(found[[*_LAYER_KEYS, "first", "second"]], width)
-
-
-def _width(measure: str, stderr: float, draws: int) -> float:
-    return reach(measure, stderr, draws)
 
 
 def _joint(measure: str, one: float, other: float) -> float:

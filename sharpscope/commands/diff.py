@@ -34,6 +34,8 @@ def _lines(found: Comparison) -> Iterator[str]:
     yield "accuracy, second minus first in points (95 % intervals)"
     for split, rows in found.accuracy.groupby("split", sort=False):
         yield f"  {split}: {_accuracy(rows)}"
+    if not found.same_images:
+        yield "sharpness was measured on other images: its changes hold theirs, beyond the errors given"
     for measure, rows in found.layers.groupby("measure", sort=False):
         yield from _measure(str(measure), rows)
     if found.verdicts.empty:

@@ -200,7 +200,16 @@ def write_torch(like: TorchFile, target: Path, tensor: Tensors) -> None:
         }
         state = {key: own[first.get(key, key)] for key in like.specs}
         with target.open("wb") as file:
-            torch.save(state if like.wrapper is None else {like.wrapper: state}, file)
+            _save(state if like.wrapper is None else {like.wrapper: state}, file)
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # how torch says that a disk is full
+        raise OSError(f"torch.save gave up: {str(error).splitlines()[0]}") from error
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _mapped(tensor: Tensor, path: Path) -> Tensor:

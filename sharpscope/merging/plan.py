@@ -90,12 +90,13 @@ class MergePlan:
         start = self.zero_shot.tensor(self.partners[key])
         if alpha is None:
             return self._integers(key, start, end)
-        if start.dtype != end.dtype:
-            wide = torch.float64 if torch.float64 in (start.dtype, end.dtype) else torch.float32
-            merged = mix(start.to(wide), end.to(wide), alpha).to(end.dtype)
-        else:
-            merged = mix(start, end, alpha)
-        if merged is not start and merged is not end and not bool(torch.isfinite(merged.float()).all()):
+        if alpha == 0.0 and start.dtype == end.dtype:
+            return start
+        wide = torch.float64 if torch.float64 in (start.dtype, end.dtype) else torch.float32
+        first, second = start.to(wide), end.to(wide)
+        merged = mix(first, second, alpha).to(end.dtype)
+        # Infinities that both have are meant: attention masks.
+        if not bool(torch.isfinite(merged.to(wide)).all()) and not torch.equal(first, second):
             raise ModelError(
                 f"{key!r} is not finite at alpha {alpha:g}",
                 "look for infinities in both checkpoints; outside of [0, 1] half precision may overflow",

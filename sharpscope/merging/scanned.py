@@ -57,11 +57,9 @@ def scanned_plan(
     ModelError
         If a checkpoint is not the one that was scanned, by its hash.
     """
-    found = [
-        _verified(role, meta["models"][role], given)
-        for role, given in zip(_ROLES, (zero_shot, fine_tuned), strict=True)
-    ]
-    return merge_plan(*found, recipe, granularity=meta["granularity"], scanned=meta.get("partition"))
+    start = _verified("zero_shot", meta["models"]["zero_shot"], zero_shot)
+    end = _verified("fine_tuned", meta["models"]["fine_tuned"], fine_tuned)
+    return merge_plan(start, end, recipe, granularity=meta["granularity"], scanned=meta.get("partition"))
 
 
 def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> Weights:
@@ -78,8 +76,8 @@ def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> 
         known, now = facts["hash"], fingerprint(_Lazy(weights))
     if known != now:
         raise ModelError(
-            f"{weights.root} is not the {_ROLES[role]} model that was scanned: its hash is {now[:12]}, that of the scan "
-            f"{known[:12]}",
+            f"{weights.root} is not the {_ROLES[role]} model that was scanned: its hash is {now[:12]}, "
+            f"that of the scan {known[:12]}",
             "scan it again, name the checkpoint that was scanned, or merge without a scan: "
             "sharpscope.merge(zero_shot, fine_tuned, recipe, out)",
         )
