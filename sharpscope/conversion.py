@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.merging.weights import WRAPPERS
-from sharpscope.models.checkpoint import is_pickled_code
 
 
 def to_safetensors(source: str | Path, out: str | Path, *, unsafe_pickle: bool = False) -> int:
@@ -53,18 +52,20 @@ def to_safetensors(source: str | Path, out: str | Path, *, unsafe_pickle: bool =
 
 
 def _loaded(file: Path, unsafe_pickle: bool) -> Any:
-    if is_pickled_code(file) and not unsafe_pickle:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=not unsafe_pickle)
+    except pickle.UnpicklingError as error:
+        if unsafe_pickle:
+            raise ModelError(f"{file} cannot be read: {error}", "copy it anew") from error
         raise ModelError(
             f"{file} is a pickled module, not tensors; loading it runs code from the file",
             "--unsafe-pickle (unsafe_pickle=True), only if you trust its source",
-        )
-    try:
-        return torch.load(file, map_location="cpu", weights_only=not unsafe_pickle)  # asked for
+        ) from error
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f"{file} needs code that is not installed here: {error}", "install what it was made with, or convert there"
         ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
         raise ModelError(f"{file} cannot be read: {error}", "copy it anew") from error
 
 

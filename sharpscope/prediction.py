@@ -14,24 +14,24 @@ from sharpscope.stragglers.paired import Difference, difference
 from sharpscope.table import Array
 
 
-def predicted_accuracy(result: ScanResult, recipe: Recipe) -> dict[str, Interval]:
-    """Return name of each data set -> 95 % Wilson interval of the accuracy, in %.
+def scanned_answers(result: ScanResult, recipe: Recipe) -> dict[str, Array]:
+    """Return name of each data set -> whether the scan saw each image judged right at this recipe, bool ``(n,)``.
 
     Empty for a recipe that the scan did not evaluate: alphas that differ from layer to layer, or a point of the path
     that was not measured.
     """
-    alpha = _uniform(recipe)
-    found = {}
-    for (at, split), correct in result.correct.items():
-        if at == alpha:
-            ends = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
-            found[split] = (100 * float(ends.low), 100 * float(ends.high))
-    return found
-
-
-def _uniform(recipe: Recipe) -> float | None:
     alphas = {alpha for _, alpha in recipe.rules}
-    return alphas.pop() if len(alphas) == 1 else None
+    return {split: correct for (alpha, split), correct in result.correct.items() if alphas == {alpha}}
+
+
+def predicted_accuracy(answers: Mapping[str, Array]) -> dict[str, Interval]:
+    """Return name of each data set -> 95 % Wilson interval of the accuracy, in %."""
+    return {split: _wilson(correct) for split, correct in answers.items()}
+
+
+def _wilson(correct: Array) -> Interval:
+    ends = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
+    return 100 * float(ends.low), 100 * float(ends.high)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ def test_at_alpha_0_and_1_the_bytes_are_those_of_the_source(tmp_path, dtype, alp
     assert data(merge(*sources, alpha, tmp_path / "m.safetensors")) == data(sources[end])
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_not_a_number_keeps_its_bits_at_the_ends(tmp_path, alpha):
+    """Half the payloads of NaN do not survive a cast to float32 and back; copies keep them."""
+    for i, name in enumerate("ab"):
+        bits = torch.tensor([0x7C01 + i, 0x7E00, 0x0001 + i], dtype=torch.int16)
+        save_file({"w": bits.view(torch.float16)}, tmp_path / f"{name}.safetensors")
+    merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", alpha, tmp_path / "m.safetensors")
+    assert data(tmp_path / "m.safetensors") == data(tmp_path / f"{'ab'[int(alpha)]}.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["tuned", "sharded"])
 @pytest.mark.parametrize(("alpha", "end"), [(0.0, "base"), (1.0, "tuned")])
 def test_the_end_points_of_a_clip_are_its_bytes_also_in_shards(checkpoints, tmp_path, kind, alpha, end):

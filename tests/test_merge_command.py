@@ -16,7 +16,7 @@ import sharpscope as ss
 import sharpscope.commands.report as report
 from sharpscope import cli, config
 from sharpscope.errors import MismatchError, ModelError, UsageError
-from sharpscope.prediction import check_accuracy, predicted_accuracy
+from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
 
@@ -293,9 +293,11 @@ def test_the_prediction_is_the_wilson_interval_of_the_scanned_point(world):
     z, p = 1.959963984540054, k / n
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     expected = [100 * (centre + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
-    assert predicted_accuracy(result, Recipe.uniform(0.5))["id"] == pytest.approx(expected)
-    assert predicted_accuracy(result, Recipe.uniform(0.3)) == {}
-    assert predicted_accuracy(result, Recipe((("head", 0.0), ("*", 0.5)))) == {}
+    found = predicted_accuracy(scanned_answers(result, Recipe.uniform(0.5)))
+    assert found["id"] == pytest.approx(expected)
+    assert set(found) == {"id", "sketch"}
+    assert scanned_answers(result, Recipe.uniform(0.3)) == {}
+    assert scanned_answers(result, Recipe((("head", 0.0), ("*", 0.5)))) == {}
 
 
 def test_a_model_that_judges_the_same_images_otherwise_is_seen_inside_the_interval():

@@ -13,15 +13,17 @@ import torch
 
 from sharpscope.commands.report import Material, material
 from sharpscope.config import FILE, Settings, read_config, settings
+from sharpscope.data import Split
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import per_example
 from sharpscope.merging import MergePlan, merge_plan, read_weights, scanned_plan, write_plan
 from sharpscope.models import load, pair
 from sharpscope.network import network
-from sharpscope.prediction import Check, check_accuracy, predicted_accuracy
+from sharpscope.prediction import Check, check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import Interval, RecipeFile, read_recipe
 from sharpscope.result import ScanResult, open_result
+from sharpscope.table import Array
 
 RECOMMENDED = "recommended"
 
@@ -59,6 +61,7 @@ class Prepared:
 
     plan: MergePlan
     predicted: Mapping[str, Interval]
+    answers: Mapping[str, Array]  # of the scan at this recipe, image by image
     result: ScanResult | None
     request: Request
 
@@ -67,21 +70,26 @@ def prepared(request: Request) -> Prepared:
     """Return the merge that was asked for, checked; nothing is written."""
     result = None if request.folder is None else open_result(request.folder)
     stored = _recipe(request, result)
-    if result is not None:
-        if len(stored.recipe.rules) > 1 and stored.granularity != result.meta["granularity"]:
-            raise UsageError(
-                f"the recipe is for layers at granularity {stored.granularity!r}, the scan has "
-                f"{result.meta['granularity']!r}",
-                "a recipe for the scan's layers, or --zero-shot and --fine-tuned without the scan",
-            )
-        plan = scanned_plan(result.meta, stored.recipe, zero_shot=request.zero_shot, fine_tuned=request.fine_tuned)
-        predicted = {**predicted_accuracy(result, stored.recipe), **stored.predicted}
-        return Prepared(plan, predicted, result, request)
+    plan = _plan_of_two(request, stored) if result is None else _plan_of_scan(request, stored, result)
+    answers = {} if result is None else scanned_answers(result, stored.recipe)
+    return Prepared(plan, {**predicted_accuracy(answers), **stored.predicted}, answers, result, request)
+
+
+def _plan_of_scan(request: Request, stored: RecipeFile, result: ScanResult) -> MergePlan:
+    known = result.meta["granularity"]
+    if len(stored.recipe.rules) > 1 and stored.granularity != known:
+        raise UsageError(
+            f"the recipe is for layers at granularity {stored.granularity!r}, the scan has {known!r}",
+            "a recipe for the scan's layers, or --zero-shot and --fine-tuned without the scan",
+        )
+    return scanned_plan(result.meta, stored.recipe, zero_shot=request.zero_shot, fine_tuned=request.fine_tuned)
+
+
+def _plan_of_two(request: Request, stored: RecipeFile) -> MergePlan:
     if request.zero_shot is None or request.fine_tuned is None:
         raise UsageError("there is nothing to merge", "name a saved scan, or --zero-shot REF and --fine-tuned REF")
     ends = read_weights(request.zero_shot), read_weights(request.fine_tuned)
-    plan = merge_plan(*ends, stored.recipe, granularity=stored.granularity)
-    return Prepared(plan, stored.predicted, None, request)
+    return merge_plan(*ends, stored.recipe, granularity=stored.granularity)
 
 
 def _recipe(request: Request, result: ScanResult | None) -> RecipeFile:
@@ -149,11 +157,14 @@ def _checks(job: Prepared, found: Material) -> Iterator[Check]:
     assert found.id.classes is not None  # folders have names
     module = network(pair(found.zero_shot, found.fine_tuned, found.id.classes)[1], "the merged model")
     weights = {**module.buffers, **module.parameters}
-    alphas = {*job.plan.alphas.values()}
     for split in [found.id, *found.ood.values()]:
+        name = job.result.id_split if job.result and split is found.id else split.name
         columns = None if split.columns is None else torch.tensor(split.columns)
         correct = per_example(module.forward, weights, split, columns)["correct"]
-        facts = job.result.meta["splits"].get(split.name, {}) if job.result else {}
-        same = facts.get("fingerprint") == split.fingerprint and len(alphas) == 1
-        scanned = job.result.correct.get((next(iter(alphas)), split.name)) if job.result and same else None
-        yield check_accuracy(split.name, correct, job.predicted, scanned)
+        yield check_accuracy(name, correct, job.predicted, job.answers.get(name) if _same(job, name, split) else None)
+
+
+def _same(job: Prepared, name: str, split: Split) -> bool:
+    """Return whether the scan was of the same images."""
+    facts = job.result.meta["splits"].get(name, {}) if job.result else {}
+    return bool(facts.get("fingerprint") == split.fingerprint)

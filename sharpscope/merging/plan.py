@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpscope._version import __version__
 from sharpscope.errors import MismatchError, ModelError
-from sharpscope.merging.names import alphas_of, bare_names, layers_of
+from sharpscope.merging.names import alphas_of, layers_of
+from sharpscope.merging.pairing import check_configurations, partners_of
 from sharpscope.merging.weights import TorchFile, Weights
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
@@ -20,7 +20,6 @@ from sharpscope.recipe import CONVENTION, Recipe
 
 BUFFERS = "integers"  # what counts and indexes is in no layer
 _COUNTER = "num_batches_tracked"
-_ONE = "two checkpoints of one architecture, saved by the same library"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class MergePlan:
         first, second = start.to(wide), end.to(wide)
         merged = mix(first, second, alpha).to(end.dtype)
         # Infinities that both have are meant: attention masks.
-        if not bool(torch.isfinite(merged.to(wide)).all()) and not torch.equal(first, second):
+        if not _is_finite(merged.to(wide)) and not torch.equal(first, second):
             raise ModelError(
                 f"{key!r} is not finite at alpha {alpha:g}",
                 "look for infinities in both checkpoints; outside of [0, 1] half precision may overflow",
@@ -189,8 +188,8 @@ def merge_plan(
     UsageError
         If a rule of the recipe matches no layer.
     """
-    partners = _partners(zero_shot, fine_tuned)
-    _check_function(zero_shot, fine_tuned)
+    partners = partners_of(zero_shot, fine_tuned)
+    check_configurations(zero_shot, fine_tuned)
     floating = [key for key in fine_tuned.keys if fine_tuned.spec(key).dtype.is_floating_point]
     homes = layers_of(floating, granularity, scanned)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
@@ -200,66 +199,9 @@ def merge_plan(
     return plan
 
 
-def _partners(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
-    names, theirs = bare_names(fine_tuned.keys), bare_names(zero_shot.keys)
-    place = {name: key for key, name in theirs.items()}
-    # Older versions of transformers saved these indices, newer ones make them.
-    if odd := sorted(n for n in place.keys() ^ set(names.values()) if not n.endswith("position_ids")):
-        culprit = zero_shot if odd[0] not in place else fine_tuned
-        raise MismatchError(
-            "the models do not share an architecture: "
-            f"{len(theirs)} tensors in {zero_shot.root}, {len(names)} in {fine_tuned.root}; "
-            f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
-            _way_out(odd),
-        )
-    shared = {key: name for key, name in names.items() if name in place}
-    for key, name in shared.items():
-        first, second = zero_shot.spec(place[name]), fine_tuned.spec(key)
-        if first.shape != second.shape or first.dtype.is_floating_point != second.dtype.is_floating_point:
-            raise MismatchError(
-                f"tensor {name!r} is {first} in {zero_shot.root} but {second} in {fine_tuned.root}", _ONE
-            )
-    return {key: place[name] for key, name in shared.items()}
-
-
-def _way_out(odd: Sequence[str]) -> str:
-    if any("lora_" in name for name in odd):
-        return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
-    if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
-        return "one is open_clip's, the other transformers': convert one of them first"
-    return _ONE
-
-
-# Settings that change the function and no shape: weights of one load silently into the other.
-_FUNCTION = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size", "quick_gelu", "heads")
-
-
-def _check_function(zero_shot: Weights, fine_tuned: Weights) -> None:
-    first, second = _config(zero_shot), _config(fine_tuned)
-    for name, value in second.items():
-        if name.rpartition(".")[2] in _FUNCTION and first.get(name, value) != value:
-            raise MismatchError(
-                f"{name} is {first[name]!r} in {zero_shot.root} but {value!r} in {fine_tuned.root}",
-                "a checkpoint and its fine-tuned self, saved with the same configuration",
-            )
-
-
-def _config(weights: Weights) -> dict[str, Any]:
-    """Return the configuration beside the weights, flat; empty if there is none."""
-    names = ("config.json", "open_clip_config.json")
-    file = next((weights.root / n for n in names if weights.root.is_dir() and (weights.root / n).is_file()), None)
-    try:
-        return {} if file is None else dict(_flat(json.loads(file.read_text(encoding="utf-8")), ""))
-    except ValueError as error:
-        raise ModelError(f"{file} is no JSON: {error}", "copy the checkpoint anew") from error
-
-
-def _flat(found: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(found, dict):
-        for key, value in found.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, found
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without a second tensor of the size."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _check_shared(plan: MergePlan) -> None:

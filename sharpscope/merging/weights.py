@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sharpscope.errors import ModelError, UsageError
-from sharpscope.models.checkpoint import is_pickled_code
 
 # In the order in which transformers and open_clip look for them.
 _NAMES = (
@@ -29,7 +28,7 @@ _NAMES = (
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops put the weights
 _AGAIN = "copy or save the checkpoint anew"
-_DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError)
+_DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,13 @@ def _stored(path: Path) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path} is a pickled module, not tensors; loading it runs code from the file",
+            f"sharpscope convert {path} --unsafe-pickle --out {path.with_suffix('.safetensors').name}   "
+            "(only if you trust its source)",
+        ) from error
     except _DAMAGE as error:
-        if isinstance(error, pickle.UnpicklingError) and is_pickled_code(path):
-            raise ModelError(
-                f"{path} is a pickled module, not tensors; loading it runs code from the file",
-                f"sharpscope convert {path} --unsafe-pickle --out {path.with_suffix('.safetensors').name}   "
-                "(only if you trust its source)",
-            ) from error
         raise _damaged(path, error) from error
     if not isinstance(found, dict):
         raise ModelError(
