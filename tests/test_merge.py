@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sharpscope as ss
-from sharpscope.merging import merge, merge_plan, read_weights
+from sharpscope.merging import MergePlan, merge, merge_plan, read_weights
 from sharpscope.merging.weights import Weights
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import read_recipe
@@ -143,7 +143,8 @@ def test_dtypes_are_those_of_the_fine_tuned_model_and_it_is_said(tmp_path):
         "6 tensors are float32 in the zero-shot and bfloat16 in the fine-tuned model (blocks.0.weight, ...); "
         "they are written as bfloat16"
     ]
-    merge(zero_shot, fine_tuned, 0.0, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match="they are written as bfloat16"):
+        merge(zero_shot, fine_tuned, 0.0, tmp_path / "m.safetensors")
     found = load_file(tmp_path / "m.safetensors")
     assert all(torch.equal(found[name], tensors(0)[name].bfloat16()) for name in NAMES)
 
@@ -341,7 +342,10 @@ def save_torch(root, *, wrapper=None, **besides):
 @pytest.mark.parametrize("wrapper", [None, "state_dict"])
 def test_state_dicts_of_torch_keep_their_wrapper_and_nothing_that_belongs_to_other_weights(tmp_path, wrapper):
     besides = {"epoch": 3, "optimizer": {"state": {0: torch.ones(4)}}} if wrapper else {}
-    merge(*save_torch(tmp_path, wrapper=wrapper, **besides), 0.5, tmp_path / "m.pt")
+    sources = save_torch(tmp_path, wrapper=wrapper, **besides)
+    said = pytest.warns(UserWarning, match="ft.pt holds epoch, optimizer beside the weights; they are left out")
+    with said if wrapper else contextlib.nullcontext():
+        merge(*sources, 0.5, tmp_path / "m.pt")
     found = torch.load(tmp_path / "m.pt", weights_only=True)
     assert list(found) == ([wrapper] if wrapper else list(tensors(0)))
     found = found[wrapper] if wrapper else found
@@ -406,29 +410,30 @@ def test_formats_may_differ_between_the_sources(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_two_tensors_are_open_at_a_time_and_no_file_stays_mapped(tmp_path, monkeypatch, kind):
+def test_a_pair_of_tensors_is_held_at_a_time_and_no_file_stays_mapped(tmp_path, monkeypatch, kind):
     count = 40
     for i, name in enumerate(("zs", "ft")):
         state = {f"body.{j}.weight": torch.full((64, 64), float(i + j)) for j in range(count)}
         path = tmp_path / f"{name}.{kind}"
         save_file(state, path) if kind == "safetensors" else torch.save(state, path)
     alive, most, mapped = weakref.WeakSet(), [], []
-    read = Weights.tensor
 
-    def counted(self, key):
-        found = read(self, key).clone()  # of its own: what lives is what the merge holds
-        alive.add(found)
-        most.append(len(alive))
-        maps = Path("/proc/self/maps").read_text()
-        mapped.append(
-            sum(str(tmp_path / name) in line for line in maps.splitlines() for name in ("zs.safe", "ft.safe"))
-        )
-        return found
+    def counted(made):
+        def call(self, key):
+            found = made(self, key).clone()  # of its own: what lives is what the merge holds
+            alive.add(found)
+            most.append(len(alive))
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            mapped.append(sum(str(tmp_path / name) in line for line in maps for name in ("zs.safe", "ft.safe")))
+            return found
 
-    monkeypatch.setattr(Weights, "tensor", counted)
+        return call
+
+    monkeypatch.setattr(Weights, "tensor", counted(Weights.tensor))
+    monkeypatch.setattr(MergePlan, "tensor", counted(MergePlan.tensor))
     merge(tmp_path / f"zs.{kind}", tmp_path / f"ft.{kind}", 0.5, tmp_path / f"m.{kind}")
-    assert len(most) == 2 * count
-    assert max(most) <= 2
+    assert len(most) == 3 * count
+    assert max(most) <= 3  # both sources and, on return, what was made of them
     assert max(mapped) <= 1
 
 

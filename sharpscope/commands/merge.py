@@ -111,8 +111,6 @@ def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]
     The checkpoint is loaded with its library, which must miss no weight and find none too many. Where there are data,
     its accuracy is compared with what was predicted; a warning names what is off.
     """
-    for note in job.plan.notes:
-        warnings.warn(note, stacklevel=2)
     write_plan(job.plan, out, predicted=job.predicted, overwrite=overwrite)
     yield f"merged: {out}"
     if not _is_clip(Path(out)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def merge(
 
     Notes
     -----
-    One pair of tensors is held at a time. Cost: both checkpoints are read twice, once for their hashes.
+    One pair of tensors is held at a time. Cost: both checkpoints are read twice, once for their hashes. A merge that is
+    killed leaves its scratch, ``OUT.PID.part``, beside ``out``; it may be deleted.
     """
     rules = recipe if isinstance(recipe, Recipe) else Recipe.uniform(recipe)
     plan = merge_plan(read_weights(zero_shot), read_weights(fine_tuned), rules, granularity=granularity)
@@ -71,7 +73,12 @@ def write_plan(
     predicted: Mapping[str, tuple[float, float]] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write what a plan says, with the accuracies that are predicted (name -> interval in %); return ``out``."""
+    """Write what a plan says, with the accuracies that are predicted (name -> interval in %); return ``out``.
+
+    The plan's notes are given as warnings.
+    """
+    for note in plan.notes:
+        warnings.warn(note, stacklevel=3)
     sources = {
         role: str(source.root) for role, source in (("zero_shot", plan.zero_shot), ("fine_tuned", plan.fine_tuned))
     }

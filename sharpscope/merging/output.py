@@ -110,6 +110,7 @@ def _check_room(plan: MergePlan, target: Path) -> None:
 def _published(target: Path) -> Iterator[Path]:
     """Give a place beside the target; what was made there takes the target's place at the end, or is removed."""
     beside = target.with_name(f"{target.name}.{os.getpid()}.part")
+    _remove(beside)  # of a killed process that had this number
     try:
         yield beside
         if target.is_dir():
@@ -117,10 +118,14 @@ def _published(target: Path) -> Iterator[Path]:
         else:
             beside.replace(target)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -118,7 +118,7 @@ class MergePlan:
     @property
     def notes(self) -> list[str]:
         """What the result must be read with."""
-        return [*self._casts(), *self._statistics()]
+        return [*self._casts(), *self._statistics(), *self._left_out()]
 
     def _casts(self) -> Iterator[str]:
         kinds = {
@@ -139,6 +139,11 @@ class MergePlan:
                 f"{len(found)} tensors are batch-norm statistics ({found[0]}, ...); between the ends they are wrong "
                 "without recalibration"
             )
+
+    def _left_out(self) -> Iterator[str]:
+        for file in self.fine_tuned.files:
+            if isinstance(file, TorchFile) and file.besides:
+                yield f"{file.path} holds {', '.join(file.besides)} beside the weights; they are left out"
 
     def facts(self) -> dict[str, str]:
         """Return what is stored in the metadata of each file of the result."""
