@@ -304,6 +304,12 @@ def test_wrappers_are_seen_through_and_kept(checkpoints, tmp_path, wrap):
 # --- integers, statistics
 
 
+@pytest.mark.parametrize(("alpha", "shown"), [(0.0, "0"), (0.5, "1"), (1.0, "1")])
+def test_integers_are_a_line_of_the_plan_with_the_end_they_come_from(tmp_path, alpha, shown):
+    plan = merge_plan(*map(read_weights, pair(tmp_path)), Recipe.uniform(alpha))
+    assert repr(plan).splitlines()[-2].split() == ["integers", shown, "1", "56"]
+
+
 def test_position_indices_that_one_version_saves_and_another_does_not_are_no_mismatch(tmp_path):
     with_ids, without = tensors(0), tensors(1)
     del without["position_ids"]

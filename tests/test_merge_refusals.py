@@ -20,6 +20,7 @@ from test_models import Tripwire
 from sharpscope.errors import MismatchError, ModelError, SharpscopeError, UsageError
 from sharpscope.merging import merge, output, read_weights
 from sharpscope.recipe import Recipe
+from sharpscope.recipe_file import read_recipe
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def changed(path, **tensors):
         ({"new__weight": torch.ones(1)}, r"'new.weight' is missing in .*zs.safetensors"),
         ({"head__weight": torch.ones(3, 8)}, r"'head.weight' is \(2, 8\) float32 in .*zs.* but \(3, 8\) float32 in"),
         ({"head__weight": torch.ones(2, 8).int()}, r"'head.weight' is \(2, 8\) float32 .* but \(2, 8\) int32 in"),
+        ({"position_ids": torch.arange(4).int()}, r"'position_ids' is \(4,\) int64 in .* but \(4,\) int32 in"),
         ({"position_ids": torch.arange(4) + 1}, r"'position_ids' holds int64 that differ .*: there is nothing between"),
         ({"head__weight": torch.full((2, 8), torch.inf)}, r"'head.weight' is not finite at alpha 0.5"),
     ],
@@ -273,10 +275,24 @@ def test_an_error_on_the_way_leaves_the_old_merge_as_it_was(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "m"}
 
 
+def _fails_on_scratch(rename):
+    def called(self, target):
+        if self.name.endswith(".part"):
+            raise OSError("no")
+        return rename(self, target)
+
+    return called
+
+
 def test_where_directories_cannot_change_places_they_are_renamed(tmp_path, monkeypatch):
     clips.pair(tmp_path)
     merge(tmp_path / "base", tmp_path / "tuned", 0.25, tmp_path / "m")
     monkeypatch.setattr(output.ctypes, "CDLL", lambda *_, **__: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _fails_on_scratch(Path.rename))
+        with pytest.raises(SharpscopeError, match=r"cannot be written to .*m: no"):
+            merge(tmp_path / "base", tmp_path / "tuned", 1.0, tmp_path / "m", overwrite=True)
+    assert read_recipe(tmp_path / "m").recipe == Recipe.uniform(0.25)
     merge(tmp_path / "base", tmp_path / "tuned", 1.0, tmp_path / "m", overwrite=True)
     found = load_file(tmp_path / "m" / "model.safetensors")
     assert torch.equal(found["visual_projection.weight"], clips.network().visual_projection.weight)

@@ -136,7 +136,11 @@ def _exchange(new: Path, old: Path) -> None:
         return
     aside = old.with_name(f"{old.name}.{os.getpid()}.old")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

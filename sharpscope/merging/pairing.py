@@ -35,7 +35,8 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     shared = {key: name for key, name in names.items() if name in place}
     for key, name in shared.items():
         first, second = zero_shot.spec(place[name]), fine_tuned.spec(key)
-        if first.shape != second.shape or first.dtype.is_floating_point != second.dtype.is_floating_point:
+        mixable = first.dtype == second.dtype or (first.dtype.is_floating_point and second.dtype.is_floating_point)
+        if first.shape != second.shape or not mixable:
             raise MismatchError(
                 f"tensor {name!r} is {first} in {zero_shot.root} but {second} in {fine_tuned.root}", _ONE
             )

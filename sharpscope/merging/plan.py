@@ -63,7 +63,12 @@ class MergePlan:
         for layer in [*self.alphas, *([BUFFERS] if BUFFERS in self.homes.values() else [])]:
             keys = [key for key, home in self.homes.items() if home == layer]
             size = sum(self.fine_tuned.spec(key).nbytes for key in keys)
-            yield Line(layer, self.alphas.get(layer, 1.0), len(keys), size)
+            yield Line(layer, self.alphas.get(layer, self._integers_from), len(keys), size)
+
+    @property
+    def _integers_from(self) -> float:
+        """The end that integers are copied from: the fine-tuned one, unless nothing else is."""
+        return 0.0 if set(self.alphas.values()) == {0.0} else 1.0
 
     @property
     def nbytes(self) -> int:
@@ -104,9 +109,8 @@ class MergePlan:
 
     def _integers(self, key: str, start: Tensor, end: Tensor) -> Tensor:
         """Return the fine-tuned model's; those of the zero-shot model must be the same, but for counters of batches."""
-        ends = set(self.alphas.values())
-        if ends in ({0.0}, {1.0}):
-            return start if ends == {0.0} else end
+        if set(self.alphas.values()) in ({0.0}, {1.0}):
+            return start if self._integers_from == 0.0 else end
         if not key.endswith(_COUNTER) and not torch.equal(start, end):
             raise MismatchError(
                 f"{key!r} holds {str(end.dtype).removeprefix('torch.')} that differ between the models: there is "
