@@ -59,6 +59,8 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
                 _write_directory(plan, beside, stored)
             else:
                 _write_file(plan, plan.fine_tuned.files[0], beside)
+                # A kill between the two files leaves no recipe rather than one of other weights.
+                _recipe_place(target).unlink(missing_ok=True)
         if not target.is_dir():
             write_recipe(stored, _recipe_place(target))
     except OSError as error:
