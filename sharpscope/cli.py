@@ -218,21 +218,6 @@ def diff(
     typer.echo(compared(first, second, json))
 
 
-@app.command(short_help="Write pickled weights as safetensors.")
-@guarded
-def convert(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="What torch.save wrote.")],
-    out: Annotated[str, typer.Option(metavar="FILE", help="The .safetensors file that is written.")],
-    unsafe_pickle: Annotated[
-        bool, typer.Option("--unsafe-pickle", help="Run the code in FILE; only if you trust its source.")
-    ] = False,
-) -> None:
-    """Write the weights of a file of torch.save as safetensors; a pickled module only with --unsafe-pickle."""
-    from sharpscope.conversion import to_safetensors
-
-    typer.echo(f"{to_safetensors(source, out, unsafe_pickle=unsafe_pickle)} tensors: {out}")
-
-
 @app.command(short_help="Check this installation.")
 @guarded
 def doctor() -> None:

@@ -24,7 +24,6 @@ ROOMS = [
     ["measures", "memory", "progress"],
     ["models", "optim"],
     ["folders", "finetune", "merging"],
-    ["conversion"],
     ["plan"],
     ["report", "summary", "result"],
     ["prediction", "comparison"],

@@ -262,7 +262,9 @@ def test_modules_in_memory_are_merged_from_their_state_dicts_in_the_scans_layers
 
 def test_modules_in_memory_need_their_files_and_the_right_ones(modules):
     result, _, root = modules
-    with pytest.raises(UsageError, match=r"zero-shot model \(Vit\) was in memory.*\n  fix: --zero-shot FILE"):
+    with pytest.raises(
+        UsageError, match=r"where the weights of its zero-shot model \(Vit\) are\n  fix: --zero-shot FILE"
+    ):
         result.recommend().merge(root / "m.pt")
     with pytest.raises(ModelError, match=r"zs.pt is not the fine-tuned model that was scanned"):
         result.recommend().merge(root / "m.pt", zero_shot=root / "zs.pt", fine_tuned=root / "zs.pt")

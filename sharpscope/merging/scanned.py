@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.errors import ModelError, SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan, merge_plan
@@ -22,10 +22,10 @@ def on_disk(model: Any) -> dict[str, str]:
 
     Nothing for a module in memory, or where a model came from somewhere that no merge can read.
     """
-    place = getattr(model, "where", None)
-    if place is None:
+    if isinstance(model, nn.Module):
         return {}
     try:
+        place = model.where or model.name  # a hub id is a name
         weights = read_weights(place)
     except SharpscopeError:
         return {}
@@ -66,8 +66,8 @@ def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> 
     place = given or facts.get("path")
     if place is None:
         raise UsageError(
-            f"the scan's {_ROLES[role]} model ({facts['name']}) was in memory: it is not known where its weights are",
-            f"--{role.replace('_', '-')} FILE ({role}=FILE): the state dict it was loaded from",
+            f"the scan does not say where the weights of its {_ROLES[role]} model ({facts['name']}) are",
+            f"--{role.replace('_', '-')} FILE ({role}=FILE): the checkpoint or state dict it was loaded from",
         )
     weights = read_weights(place)
     if "sha256" in facts:

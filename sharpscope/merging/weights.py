@@ -26,7 +26,7 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops put the weights
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")  # where training loops put the weights
 _AGAIN = "copy or save the checkpoint anew"
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError)
 
@@ -80,7 +80,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         stored = _stored(path)
-        self.wrapper = next((key for key in WRAPPERS if isinstance(stored.get(key), dict)), None)
+        self.wrapper = next((key for key in _WRAPPERS if isinstance(stored.get(key), dict)), None)
         weights = stored if self.wrapper is None else stored[self.wrapper]
         self.besides = sorted(str(key) for key in stored) if self.wrapper else []
         self.besides = [key for key in self.besides if key != self.wrapper]
