@@ -97,7 +97,9 @@ def test_adapters_and_other_libraries_have_their_own_way_out(ends, tmp_path):
         merge(*ends, 0.5, tmp_path / "m.safetensors")
     for path, name in zip(ends, ("visual.conv1.weight", "vision_model.x.weight"), strict=True):
         save_file({name: torch.ones(2)}, path)
-    with pytest.raises(MismatchError, match="fix: one is open_clip's, the other transformers': convert one"):
+    with pytest.raises(
+        MismatchError, match="fix: one is open_clip's, the other transformers': sharpscope convert REF --to"
+    ):
         merge(*ends, 0.5, tmp_path / "m.safetensors")
 
 

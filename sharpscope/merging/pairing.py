@@ -47,7 +47,7 @@ def _way_out(odd: Sequence[str]) -> str:
     if any("lora_" in name for name in odd):
         return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
     if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
-        return "one is open_clip's, the other transformers': convert one of them first"
+        return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
     return _ONE
 
 

@@ -22,10 +22,10 @@ def on_disk(model: Any) -> dict[str, str]:
 
     Nothing for a module in memory, or where a model came from somewhere that no merge can read.
     """
-    if isinstance(model, nn.Module):
+    place = getattr(model, "where", None) or getattr(model, "name", None)  # a hub id is a name
+    if isinstance(model, nn.Module) or place is None:
         return {}
     try:
-        place = model.where or model.name  # a hub id is a name
         weights = read_weights(place)
     except SharpscopeError:
         return {}
