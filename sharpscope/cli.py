@@ -254,6 +254,50 @@ def convert(
     typer.echo(f"{written(Path(source), Path(out), to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
 
 
+@app.command(short_help="Write the checkpoint that a recipe says.")
+@guarded
+def merge(
+    out: Annotated[str, typer.Option(metavar="DIR|FILE", help="What is written, whole or not at all.")],
+    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan.")] = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="recommended|ALPHA|FILE", help="An alpha for all layers, or a TOML file of rules.")
+    ] = "recommended",
+    keep_id: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="ID accuracy the recommendation may give up, e.g. -0.5.")
+    ] = None,
+    zero_shot: Annotated[
+        str | None, typer.Option(metavar="REF", help="Its weights, if not where the scan read them.")
+    ] = None,
+    fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same of the fine-tuned model.")] = None,
+    id: Annotated[str | None, typer.Option(metavar="DIR", help="Judge the result on these images.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="And on these; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the alphas, stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is there already.")] = False,
+) -> None:
+    """Write the checkpoint between the two of a scan, in the layout of the fine-tuned one, and judge it again."""
+    from sharpscope.commands.merge import Request, merged, prepared
+    from sharpscope.config import named_places
+
+    ready = prepared(Request(recipe, folder, zero_shot, fine_tuned, keep_id, id, named_places(ood or [])))
+    typer.echo(repr(ready.plan))
+    if not dry_run:
+        for line in merged(ready, out, overwrite=overwrite):
+            typer.echo(line)
+
+
+@app.command(short_help="Compare two saved scans.")
+@guarded
+def diff(
+    first: Annotated[str, typer.Argument(metavar="DIR", help="A saved scan.")],
+    second: Annotated[str, typer.Argument(metavar="DIR", help="Another one.")],
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write all of it as JSON.")] = None,
+) -> None:
+    """Show what differs between two saved scans: settings, accuracy, sharpness, verdicts."""
+    from sharpscope.commands.diff import compared
+
+    typer.echo(compared(first, second, json))
+
+
 @app.command(short_help="Check this installation.")
 @guarded
 def doctor() -> None:

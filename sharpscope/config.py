@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,17 +53,7 @@ class Settings(BaseModel):
     @classmethod
     def _named(cls, value: Any) -> Any:
         """Take ``["NAME=DIR", ...]`` as a mapping."""
-        if not isinstance(value, list | tuple):
-            return value
-        found: dict[str, str] = {}
-        for item in value:
-            name, equals, place = str(item).partition("=")
-            if not (name and equals and place):
-                raise ValueError(f"{item!r} is not NAME=DIR")
-            if name in found:
-                raise ValueError(f"the name {name!r} is given twice")
-            found[name] = place
-        return found
+        return _by_name(value) if isinstance(value, list | tuple) else value
 
     @field_validator("measures", mode="before")
     @classmethod
@@ -82,6 +72,30 @@ class Settings(BaseModel):
     @classmethod
     def _all(cls, value: Any) -> Any:
         return None if value == "all" else value
+
+
+def _by_name(items: Iterable[Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, place = str(item).partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"{item!r} is not NAME=DIR")
+        if name in found:
+            raise ValueError(f"the name {name!r} is given twice")
+        found[name] = place
+    return found
+
+
+def named_places(items: Iterable[str]) -> dict[str, str]:
+    """Return name -> place of ``["NAME=DIR", ...]``; ``UsageError`` if one is no such pair.
+
+    >>> named_places(["sketch=data/sketch"])
+    {'sketch': 'data/sketch'}
+    """
+    try:
+        return _by_name(items)
+    except ValueError as error:
+        raise UsageError(f"--ood: {error}", "--ood NAME=DIR, each name once") from error
 
 
 def flag(name: str) -> str:

@@ -12,8 +12,6 @@ from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.tree import Tree, check_same_structure
 
-CONVENTION = "alpha 0 = zero-shot (start), alpha 1 = fine-tuned (end)"
-
 
 def mix(start: Tensor, end: Tensor, alpha: float) -> Tensor:
     """Return ``start + alpha * (end - start)``, computed in float32 or better; exact at both ends."""

@@ -19,12 +19,14 @@ from sharpscope.data import Split
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
+from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
 from sharpscope.objective import Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
-from sharpscope.path import CONVENTION, Path
+from sharpscope.path import Path
 from sharpscope.precision import Precision
 from sharpscope.provenance import provenance
+from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")
@@ -87,6 +89,7 @@ class Job:
     sharpness_data: Split
     objective: Objective
     names: tuple[str, str]
+    sources: tuple[dict[str, str], dict[str, str]]  # where the weights are on disk, and their hash
     device: torch.device
     warnings: list[str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -143,9 +146,12 @@ class Job:
             "layers": self._layer_facts(),
             "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
             "models": {
-                role: {"name": name, "hash": mark}
-                for role, name, mark in zip(("zero_shot", "fine_tuned"), self.names, identity["weights"], strict=True)
+                role: {"name": name, "hash": mark, **source}
+                for role, name, mark, source in zip(
+                    ("zero_shot", "fine_tuned"), self.names, identity["weights"], self.sources, strict=True
+                )
             },
+            "partition": {layer: list(names) for layer, names in self.all_layers.layers.items()},
             "provenance": provenance(self.device, next(iter(self.path.start.values())).dtype),
             "cost": {"seconds": round(seconds, 3), **dict(self.counts)},
             "warnings": self.warnings,
@@ -255,6 +261,7 @@ def prepare(
         sharpness_data=curvature,
         objective=objective,
         names=model_names,
+        sources=(on_disk(models[0]), on_disk(models[1])),
         device=place,
         warnings=notes,
     )

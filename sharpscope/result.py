@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,7 +223,8 @@ class ScanResult:
         """
         correct = self.correct
         found = recommend(correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
-        return with_recipe(found, self._contest, correct, keep_id) if per_layer else found
+        found = with_recipe(found, self._contest, correct, keep_id) if per_layer else found
+        return replace(found, scan=self.meta)
 
     @property
     def plot(self) -> Plots:

@@ -17,6 +17,7 @@ ROOMS = [
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
+    ["recipe_file"],
     ["path", "ball", "losses", "sparsity"],
     ["objective"],
     ["network", "batches", "loaders", "data", "precision", "provenance"],
@@ -25,11 +26,11 @@ ROOMS = [
     ["perturbation", "evaluate"],
     ["measures", "memory"],
     ["models", "optim"],
-    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune"],
+    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
     ["plan"],
     ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
-    ["detectors", "adapters"],
+    ["detectors", "adapters", "prediction", "comparison"],
     ["scanner"],
     ["config", "doctor", "demo", "crosscheck", "criticality"],
     ["commands", "cli", "__main__"],
@@ -75,6 +76,8 @@ def test_imports_point_one_way(path):
         ("import sharpscope; sharpscope.load", {"matplotlib", "transformers", "open_clip", "timm", "torchvision"}),
         ("import sharpscope.report.page", {"torch", "transformers"}),
         ("import sharpscope.commands.check", {"torch", "matplotlib", "transformers"}),
+        ("import sharpscope.comparison, sharpscope.prediction, sharpscope.recipe_file", {"torch", "transformers"}),
+        ("import sharpscope.commands.diff", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
     ],
 )
@@ -104,7 +107,13 @@ def test_no_public_name_is_shadowed_by_a_module():
     assert not modules & set(sharpscope.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "layers", "check", "open", "load", "folder", "ScanResult", "Split", "verify"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scan", "layers", "check", "open", "load", "folder", "images", "ScanResult", "Split", "verify", "merge"),
+        *("diff", "across_models", "Recipe"),
+    ],
+)
 def test_every_public_name_resolves_and_is_documented(name):
     import sharpscope
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,8 @@ class Recommendation:
     per_layer
         The best recipe of a search on the choosing half, and its paired difference to the uniform alpha on the target,
         on the other half; None if it was not asked for.
+    scan
+        The ``meta`` of the scan that it is of, which says where the models are.
     """
 
     alpha: float
@@ -46,11 +50,44 @@ class Recommendation:
     ties: tuple[float, ...]
     recipe: Recipe
     per_layer: tuple[Recipe, Difference] | None = None
+    scan: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def beats_both_ends(self) -> bool:
         """Whether the chosen alpha is better than both ends by more than the paired interval, on mean OOD or ID."""
         return 0 < self.alpha < 1 and all(found[self.target].sign > 0 for found in self.versus.values())
+
+    def merge(
+        self,
+        out: str | Path,
+        *,
+        zero_shot: str | Path | None = None,
+        fine_tuned: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the recommended checkpoint in the layout of the fine-tuned one; return ``out``.
+
+        Parameters
+        ----------
+        out
+            Directory or file that is written, see :func:`sharpscope.merge`.
+        zero_shot, fine_tuned
+            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, their state
+            dicts. They must be what was scanned: their hashes are compared.
+        overwrite
+            Replace a merge that is there already.
+
+        Raises
+        ------
+        UsageError, ModelError, MismatchError
+            See :func:`sharpscope.merging.scanned_plan` and :func:`sharpscope.merge`.
+        """
+        from sharpscope.merging import scanned_plan, write_plan  # torch, only where weights are written
+
+        if self.scan is None:
+            raise UsageError("this recommendation is not of a saved scan", "result.recommend().merge(out)")
+        plan = scanned_plan(self.scan, self.recipe, zero_shot=zero_shot, fine_tuned=fine_tuned)
+        return write_plan(plan, out, overwrite=overwrite)
 
 
 def halves(count: int, seed: int) -> tuple[Array, Array]:
