@@ -13,6 +13,7 @@ demo: environment
 
 test: lint types
 	SHARPSCOPE_RIVALS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONPATH=.libraries OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile tests/libraries
 
 rivals: environment
 
@@ -31,4 +32,4 @@ bench: environment
 	$(BIN)/python benchmarks/layerwise.py --size tiny
 
 clean:
-	rm -rf .venv .venv.lock build dist *.egg-info
+	rm -rf .venv .venv.lock .libraries build dist *.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -16,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "made-from"
-SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt", ".ci/loops.txt")
+LIBRARIES = ROOT / ".libraries"
+SOURCES = ("pyproject.toml", "constraints.txt", "benchmarks/rivals.txt", ".ci/loops.txt", ".ci/libraries.txt")
 
 
 def made_from() -> str:
@@ -43,6 +45,8 @@ def install() -> None:
     pip("-c", "constraints.txt", "-e", ".[clip,dev]")
     # Two of the rivals ask for torchvision, which beside a CPU build of torch breaks transformers.
     pip("--no-deps", "-r", "benchmarks/rivals.txt", "-r", ".ci/loops.txt")
+    shutil.rmtree(LIBRARIES, ignore_errors=True)  # pip leaves what is in a target folder as it is
+    pip("--no-deps", "--target", str(LIBRARIES), "-r", ".ci/libraries.txt")
 
 
 def main() -> None:

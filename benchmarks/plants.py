@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sharpscope
+from sharpscope.intervention import Interventions
 from sharpscope.measures import Trace
 from sharpscope.result import ScanResult
-from sharpscope.stragglers.paired import Difference, difference, mean_difference
-from sharpscope.stragglers.wording import BEYOND, LEVEL
+from sharpscope.stragglers.wording import BEYOND, LEVEL, STRAGGLER
 
 DEPTH, WIDTH, CLASSES, FEATURES = 7, 24, 4, 10
 ALPHAS = 11
@@ -121,10 +121,13 @@ def correct(model: nn.Module, batch: Batch) -> np.ndarray:
     return (model(batch[0]).argmax(1) == batch[1]).numpy()
 
 
-def scan(start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int) -> ScanResult:
+def scan(
+    start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int, interventions: bool | Interventions = False
+) -> ScanResult:
     return sharpscope.scan(
         start, end, [data.held_out], ood={name: [batch] for name, batch in data.ood.items()},
-        alphas=alphas, measures=[Trace(relative=0.4)], limit=64, seed=seed, progress=False,
+        alphas=alphas, measures=[Trace(relative=0.4)], limit=64, interventions=interventions,
+        seed=seed, progress=False,
     )  # fmt: skip
 
 
@@ -156,7 +159,8 @@ def trial(kind: str, seed: int, strength: float = 1) -> Trial:
     else:
         shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
         end = trained(end, (data.narrow[0], shuffled), round(40 * strength), 5e-3, only=place)
-    effects = interventions(start, end, data, seed)
+    result = scan(start, end, data, ALPHAS, seed, interventions=Interventions(limit=None, draws=CONTROLS))
+    effects = gains(result)
     flagged = [name for name, effect in effects.items() if effect > 0]
     own = names(start)[place]
     return Trial(
@@ -164,16 +168,16 @@ def trial(kind: str, seed: int, strength: float = 1) -> Trial:
         found=own in flagged,
         first=own in flagged and max(effects, key=lambda name: effects[name]) == own,
         others_flagged=len(set(flagged) - {own}),
-        **_path_words(scan(start, end, data, ALPHAS, seed), {own}),
+        **_path_words(result, {own}),
     )  # fmt: skip
 
 
 def _path_words(result: ScanResult, own: set[str]) -> dict[str, Any]:
     table = result.stragglers
     mine = table["layer"].isin(own)
-    beyond = table["verdict"].eq(BEYOND)
+    beyond = table["verdict"].isin([BEYOND, STRAGGLER])
     return {
-        "co_moves": bool((mine & table["verdict"].isin(["co-moves", BEYOND])).any()),
+        "co_moves": bool((mine & table["verdict"].isin(["co-moves", BEYOND, STRAGGLER])).any()),
         "beyond_null": bool((mine & beyond).any()),
         "others_beyond_null": int((~mine & beyond).sum()),
     }
@@ -201,39 +205,8 @@ def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int, str
     )  # fmt: skip
 
 
-@torch.no_grad()
-def interventions(start: nn.Sequential, end: nn.Sequential, data: Task, seed: int) -> dict[str, float]:
-    """Gain in mean OOD accuracy from moving each layer alone back to zero-shot, by layer; 0 unless it is supported.
-
-    Supported: the paired 95 % intervals of the gain, and of the gain over that of random moves as long, lie above 0.
-    """
-    before = {name: correct(end, batch) for name, batch in data.ood.items()}
-    weights, origin = end.state_dict(), start.state_dict()
-    random = torch.Generator().manual_seed(seed)
-    found = {}
-    for layer in names(end):
-        own = [name for name in weights if name.startswith(f"{layer}.")]
-        gain = _paired(_answers(end, {name: origin[name] for name in own}, data), before)
-        controls = []
-        for _ in range(CONTROLS):
-            moved = {name: weights[name] + _random_move(origin[name] - weights[name], random) for name in own}
-            controls.append(_answers(end, moved, data))
-        middle = {name: np.mean([control[name] for control in controls], axis=0) for name in before}
-        over = _paired(_answers(end, {name: origin[name] for name in own}, data), middle)
-        found[layer] = gain.value if gain.sign > 0 and over.sign > 0 else 0.0
-    return found
-
-
-def _answers(model: nn.Sequential, changed: dict[str, Tensor], data: Task) -> dict[str, np.ndarray]:
-    other = network(0)
-    other.load_state_dict({**model.state_dict(), **changed})
-    return {name: correct(other, batch) for name, batch in data.ood.items()}
-
-
-def _paired(after: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> Difference:
-    return mean_difference([difference(after[name], before[name]) for name in before])
-
-
-def _random_move(delta: Tensor, random: torch.Generator) -> Tensor:
-    direction = torch.randn(delta.shape, generator=random)
-    return direction * (delta.norm() / direction.norm())
+def gains(result: ScanResult) -> dict[str, float]:
+    """Gain in mean OOD accuracy from moving each layer alone back to zero-shot, in points; 0 unless it is supported."""
+    table = result.interventions
+    table = table[(table["question"] == "necessary") & (table["split"] == "ood mean")].set_index("layer")
+    return table["effect"].where(table["supported"] & (table["effect"] > 0), 0.0).to_dict()

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from sharpscope._version import __version__
 
 if TYPE_CHECKING:
+    from sharpscope.comparison import diff
     from sharpscope.crosscheck import verify
     from sharpscope.data import Split
+    from sharpscope.detectors import check
     from sharpscope.folders import folder
+    from sharpscope.merging import merge
     from sharpscope.models import load
     from sharpscope.optim import SGDSPD, AdamSPD
     from sharpscope.partition import layers
+    from sharpscope.recipe import Recipe
     from sharpscope.result import ScanResult
     from sharpscope.result import open_result as open
     from sharpscope.scanner import scan
@@ -29,13 +33,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdamSPD": ("sharpscope.optim", "AdamSPD"),
     "SGDSPD": ("sharpscope.optim", "SGDSPD"),
+    "Recipe": ("sharpscope.recipe", "Recipe"),
     "ScanResult": ("sharpscope.result", "ScanResult"),
     "Split": ("sharpscope.data", "Split"),
     "across_models": ("sharpscope.stragglers.cohort", "across_models"),
+    "check": ("sharpscope.detectors", "check"),
+    "diff": ("sharpscope.comparison", "diff"),
     "folder": ("sharpscope.folders", "folder"),
     "images": ("sharpscope.sources", "images"),
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
+    "merge": ("sharpscope.merging", "merge"),
     "open": ("sharpscope.result", "open_result"),
     "scan": ("sharpscope.scanner", "scan"),
     "verify": ("sharpscope.crosscheck", "verify"),
@@ -44,14 +52,18 @@ _HOMES = {
 __all__ = [
     "SGDSPD",
     "AdamSPD",
+    "Recipe",
     "ScanResult",
     "Split",
     "__version__",
     "across_models",
+    "check",
+    "diff",
     "folder",
     "images",
     "layers",
     "load",
+    "merge",
     "open",
     "scan",
     "verify",

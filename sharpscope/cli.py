@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sharpscope._version import __version__
-from sharpscope.errors import SharpscopeError, UsageError
+from sharpscope.errors import GateError, SharpscopeError, UsageError
 
 if TYPE_CHECKING:
     from sharpscope.result import ScanResult
 
 # Plain help: rich alone would take longer to load than --help may take.
-app = typer.Typer(
-    name="sharpscope", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+app = typer.Typer(name="sharpscope", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 OUT = "sharpscope-report"
+REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 INTERRUPTED = 130
-_NO_SETTINGS = ("config", "dry_run", "fresh", "quiet")  # flags of report that say how, not what
+_NO_SETTINGS = ("config", "dry_run", "fresh", "quiet", "audit")  # flags of report that say how, not what
 
 
 def _say(text: str) -> None:
@@ -49,8 +49,24 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _say("interrupted; run the same command again to resume")
             raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            _say(f"error: {_unforeseen(error)}")
+            raise typer.Exit(SharpscopeError.exit_code) from None
 
     return run
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return a sentence on an error of the machine, or of this program; a crash must not read as "gate failed" (1)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return f"out of memory: {error}\n  fix: a smaller --batch-size; --limit for fewer images"
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the system'}: {error.strerror or error}\n  fix: see that it can be read and written"
+        )
+    return f"this is a fault of sharpscope, please report it\n{traceback.format_exc()}"
 
 
 def _show(result: ScanResult, folder: str | Path) -> None:
@@ -96,8 +112,11 @@ def demo(
 @guarded
 def report(
     folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan: write its page again.")] = None,
-    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")] = None,
+    zero_shot: Annotated[str | None, typer.Option(metavar="REF", help=REF)] = None,
     fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same CLIP, fine-tuned.")] = None,
+    convert: Annotated[
+        str | None, typer.Option(metavar="no|auto", help="Convert between open_clip and transformers; exact.")
+    ] = None,
     id: Annotated[str | None, typer.Option(metavar="DATA", help="ID images: DIR, wds:DIR, py:module:name.")] = None,
     ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DATA", help="An OOD set; repeatable.")] = None,
     sharpness_on: Annotated[
@@ -123,9 +142,23 @@ def report(
     images: Annotated[int | None, typer.Option(metavar="N", help="Most images of each set.  [default: all]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once; bounds memory.")] = None,
     granularity: Granular = None,
+    interventions: Annotated[
+        bool | None,
+        typer.Option("--interventions/--no-interventions", help="Move layers one at a time.  [default: where cheap]"),
+    ] = None,
+    intervention_limit: Annotated[
+        str | None, typer.Option(metavar="N|all", help="Most images per set that moves are judged on.")
+    ] = None,
+    recipes: Annotated[bool | None, typer.Option("--recipes", help="Also try recipes with an alpha per layer.")] = None,
+    audit: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Log of an SPD training; [default: DIR/spd.jsonl, if there].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all draws.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Only algorithms that repeat bit by bit; slower on a GPU.")
+    ] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="TOML with these settings; flags win.")] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
@@ -133,9 +166,13 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Measure two CLIPs on folders of images and write the report; or write the page of a saved scan again."""
-    given = {name: value for name, value in locals().items() if not (value is None or value is False or value == [])}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if not (value is None or value == [] or (value is False and name != "interventions"))
+    }
     if folder is not None:
-        _again(folder, sorted(given.keys() - {"folder", "quiet"}))
+        _again(folder, sorted(given.keys() - {"folder", "quiet", "audit"}), audit)
         return
     from sharpscope.commands.report import measure, plan_line
     from sharpscope.config import settings
@@ -144,10 +181,10 @@ def report(
     if dry_run:
         typer.echo(plan_line(chosen))
         return
-    _show(measure(chosen, fresh=fresh, progress=False if quiet else None), chosen.out)
+    _show(measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit), chosen.out)
 
 
-def _again(folder: str, besides: list[str]) -> None:
+def _again(folder: str, besides: list[str], audit: str | None) -> None:
     """Write the page of a saved scan; needs neither a model nor torch."""
     from sharpscope.report.page import write
     from sharpscope.result import open_result
@@ -158,14 +195,40 @@ def _again(folder: str, besides: list[str]) -> None:
             "leave out the folder to measure anew, or the flag to draw again",
         )
     result = open_result(folder)
-    write(result, folder)
+    write(result, folder, audit=audit)
     _show(result, folder)
+
+
+@app.command(short_help="Gate a saved scan by rules.")
+@guarded
+def check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A saved scan.")],
+    rules: Annotated[
+        str, typer.Option(metavar="FILE", help="TOML with [tool.sharpscope.check], or with that table's content.")
+    ],
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML, a test case a rule.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    md: Annotated[str | None, typer.Option(metavar="FILE", help="Write a table for a pull request.")] = None,
+    fail_on: Annotated[
+        str, typer.Option(metavar="fail|never", help="never: end with 0 where a rule failed; not where none could.")
+    ] = "fail",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the last line only.")] = False,
+) -> None:
+    """Judge a saved scan by rules: 0 passed, 1 failed, 3 not measured. Needs neither a model nor torch."""
+    from sharpscope.commands.check import gate
+
+    if fail_on not in ("fail", "never"):
+        raise UsageError(f"--fail-on is {fail_on!r}", "fail or never")
+    found = gate(folder, rules, {"junit": junit, "json": json, "md": md})
+    typer.echo(found.headline if quiet else str(found))
+    if found.exit_code != GateError.exit_code or fail_on == "fail":
+        raise typer.Exit(found.exit_code)
 
 
 @app.command(short_help="Show what the layers of a model are.")
 @guarded
 def layers(
-    model: Annotated[str, typer.Option(metavar="REF", help="CLIP: a directory or hub id.")],
+    model: Annotated[str, typer.Option(metavar="REF", help=REF)],
     granularity: Granular = None,
 ) -> None:
     """Print which tensors of a model form which layer; no data, no compute."""
@@ -173,6 +236,66 @@ def layers(
     from sharpscope.partition import layers as partition
 
     typer.echo(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
+
+
+@app.command(short_help="Rewrite weights as safetensors.")
+@guarded
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FILE|DIR", help="Weights.")],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    to: Annotated[str | None, typer.Option(metavar="open_clip|transformers", help="Names of that library.")] = None,
+    unsafe_pickle: Annotated[
+        bool, typer.Option("--unsafe-pickle", help="Unpickle a whole module: runs code from the file.")
+    ] = False,
+) -> None:
+    """Write the weights of a checkpoint as safetensors: from a pickled module, or under another library's names."""
+    from sharpscope.commands.convert import convert as written
+
+    typer.echo(f"{written(Path(source), Path(out), to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
+
+
+@app.command(short_help="Write the checkpoint that a recipe says.")
+@guarded
+def merge(
+    out: Annotated[str, typer.Option(metavar="DIR|FILE", help="What is written, whole or not at all.")],
+    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="A saved scan.")] = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="recommended|ALPHA|FILE", help="An alpha for all layers, or a TOML file of rules.")
+    ] = "recommended",
+    keep_id: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="ID accuracy the recommendation may give up, e.g. -0.5.")
+    ] = None,
+    zero_shot: Annotated[
+        str | None, typer.Option(metavar="REF", help="Its weights, if not where the scan read them.")
+    ] = None,
+    fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same of the fine-tuned model.")] = None,
+    id: Annotated[str | None, typer.Option(metavar="DIR", help="Judge the result on these images.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="And on these; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the alphas, stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is there already.")] = False,
+) -> None:
+    """Write the checkpoint between the two of a scan, in the layout of the fine-tuned one, and judge it again."""
+    from sharpscope.commands.merge import Request, merged, prepared
+    from sharpscope.config import named_places
+
+    ready = prepared(Request(recipe, folder, zero_shot, fine_tuned, keep_id, id, named_places(ood or [])))
+    typer.echo(repr(ready.plan))
+    if not dry_run:
+        for line in merged(ready, out, overwrite=overwrite):
+            typer.echo(line)
+
+
+@app.command(short_help="Compare two saved scans.")
+@guarded
+def diff(
+    first: Annotated[str, typer.Argument(metavar="DIR", help="A saved scan.")],
+    second: Annotated[str, typer.Argument(metavar="DIR", help="Another one.")],
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write all of it as JSON.")] = None,
+) -> None:
+    """Show what differs between two saved scans: settings, accuracy, sharpness, verdicts."""
+    from sharpscope.commands.diff import compared
+
+    typer.echo(compared(first, second, json))
 
 
 @app.command(short_help="Check this installation.")

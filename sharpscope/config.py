@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import UsageError, nearest
 from sharpscope.measures import DEFAULT
 from sharpscope.partition import Granularity
 
@@ -23,8 +22,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    zero_shot: str = Field(description="the zero-shot CLIP: a directory or hub id")
+    zero_shot: str = Field(description="the zero-shot model: a directory, hub id, oc:NAME/TAG, timm:NAME, file")
     fine_tuned: str = Field(description="its fine-tuned self")
+    convert: Literal["no", "auto"] = Field(default="no", description="convert weights of another library's CLIP")
     id: str = Field(description="in-distribution images: a folder per class, wds:DIR, py:module:name")
     ood: dict[str, str] = Field(default={}, description="name -> images of each out-of-distribution set")
     sharpness_on: str | None = Field(default=None, description="images that sharpness is measured on")
@@ -38,26 +38,22 @@ class Settings(BaseModel):
     images: int | None = Field(default=None, ge=1, description="most images of each set, drawn by class; default all")
     batch_size: int = Field(default=64, description="images whose gradient graph is built at once")
     granularity: Granularity = Field(default="block", description="what a layer is")
+    interventions: bool | None = Field(default=None, description="whether layers are moved one at a time")
+    intervention_limit: int | None = Field(
+        default=512, ge=2, description="most images per set that moves are judged on"
+    )
+    recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")
+    deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
 
     @field_validator("ood", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         """Take ``["NAME=DIR", ...]`` as a mapping."""
-        if not isinstance(value, list | tuple):
-            return value
-        found: dict[str, str] = {}
-        for item in value:
-            name, equals, place = str(item).partition("=")
-            if not (name and equals and place):
-                raise ValueError(f"{item!r} is not NAME=DIR")
-            if name in found:
-                raise ValueError(f"the name {name!r} is given twice")
-            found[name] = place
-        return found
+        return _by_name(value) if isinstance(value, list | tuple) else value
 
     @field_validator("measures", mode="before")
     @classmethod
@@ -72,10 +68,34 @@ class Settings(BaseModel):
             return value
         return int(value) if value.strip().isdigit() else [float(part) for part in value.split(",") if part.strip()]
 
-    @field_validator("limit", mode="before")
+    @field_validator("limit", "intervention_limit", mode="before")
     @classmethod
     def _all(cls, value: Any) -> Any:
         return None if value == "all" else value
+
+
+def _by_name(items: Iterable[Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, place = str(item).partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"{item!r} is not NAME=DIR")
+        if name in found:
+            raise ValueError(f"the name {name!r} is given twice")
+        found[name] = place
+    return found
+
+
+def named_places(items: Iterable[str]) -> dict[str, str]:
+    """Return name -> place of ``["NAME=DIR", ...]``; ``UsageError`` if one is no such pair.
+
+    >>> named_places(["sketch=data/sketch"])
+    {'sketch': 'data/sketch'}
+    """
+    try:
+        return _by_name(items)
+    except ValueError as error:
+        raise UsageError(f"--ood: {error}", "--ood NAME=DIR, each name once") from error
 
 
 def flag(name: str) -> str:
@@ -117,9 +137,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _usage(fault: Mapping[str, Any]) -> UsageError:
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
-        near = get_close_matches(name, Settings.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(Settings.model_fields)}"
-        return UsageError(f"{name!r} is no setting", hint)
+        return UsageError(f"{name!r} is no setting", nearest(name, Settings.model_fields))
     what = Settings.model_fields[name].description
     if fault["type"] == "missing":
         return UsageError(f"{flag(name)} is missing: {what}", f"{flag(name)} ..., or {name!r} in the --config file")
@@ -132,8 +150,7 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     plain = {name: value for name, value in chosen.model_dump().items() if value is not None}
     tables = {name: value for name, value in plain.items() if isinstance(value, dict)}
     lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if name not in tables]
-    if chosen.limit is None:
-        lines.append('limit = "all"')
+    lines += [f'{name} = "all"' for name in ("limit", "intervention_limit") if getattr(chosen, name) is None]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
     path = Path(folder) / FILE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,10 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sharpscope.curvature.point import Point
+from sharpscope.errors import UsageError
+from sharpscope.models.installed import TORCHVISION_FIX, imported, torchvision_mismatch
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, axpy, dot, gaussian, norm, scaled
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "safetensors", "pillow", "tqdm", "typer", "pydantic")
+_READERS = (("transformers", "CLIPModel"), ("open_clip", None), ("timm", None))
+_DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
 _STEP = 1e-5  # of the finite difference, for a vector of length 1
 _TOLERANCE = 1e-7  # relative; a wrong rule of differentiation is off by 1e-2, rounding by 1e-10
 
@@ -86,7 +89,7 @@ def examine() -> Iterator[Check]:
     """Yield the checks, one after the other; whether the installation is sound is in their ``passed``."""
     yield Check("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     yield from (Check(name, importlib.metadata.version(name)) for name in ("sharpscope", "torch", *PACKAGES))
-    yield _transformers()
+    yield from (_reader(name, member) for name, member in _READERS)
     yield _torchvision()
     yield from _machine()
     for device in _devices():
@@ -100,27 +103,24 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _transformers() -> Check:
-    version = _installed("transformers")
+def _reader(name: str, member: str | None) -> Check:
+    version = _installed(_DISTRIBUTIONS.get(name, name))
     if version is None:
-        return Check("transformers", 'not installed; CLIPs by name need it: pip install "sharpscope[clip]"')
+        return Check(name, "not installed; only its own models need it")
     try:
-        from transformers import CLIPModel
-
-        return Check("transformers", f"{version}, {CLIPModel.__name__} can be imported", True)
-    except (ImportError, RuntimeError, AttributeError) as error:
-        return Check("transformers", f"{version} cannot import its CLIP: {_line(error)}", False)
+        imported(name, member)
+    except UsageError as error:
+        return Check(name, f"{version}: {error.problem}", False)
+    return Check(name, f"{version}, {member or name} can be imported", True)
 
 
 def _torchvision() -> Check:
-    """A torchvision built for another torch breaks transformers at import; none at all is fine."""
+    """A torchvision built for another torch breaks the libraries that look for it; none at all is fine."""
     version = _installed("torchvision")
     if version is None:
-        return Check("torchvision", "not installed, not needed")
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        return Check("torchvision", f"{version} does not fit this torch: {_line(error)}; pip uninstall it", False)
+        return Check("torchvision", "not installed, not needed by transformers")
+    if (reason := torchvision_mismatch()) is not None:
+        return Check("torchvision", f"{reason}; {TORCHVISION_FIX}", False)
     return Check("torchvision", f"{version} can be imported", True)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SharpscopeError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the command line ends with."""
@@ -36,3 +39,20 @@ class MismatchError(SharpscopeError):
     """Two models that do not belong to one path."""
 
     exit_code = 4
+
+
+class GateError(SharpscopeError):
+    """A gate that was measured and did not pass."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at what a mistyped name may have meant.
+
+    >>> nearest("sede", ["seed", "out"]), nearest("x", ["seed", "out"])
+    ("did you mean 'seed'?", 'known: seed, out')
+    """
+    names = list(known)
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sharpscope.calibration import calibration_error
 from sharpscope.curvature.estimate import mean_and_error
 from sharpscope.objective import Batch, Forward
 from sharpscope.table import MODEL, Array, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
-BINS = 15
 BOOTSTRAPS = 100
 
 
@@ -34,27 +34,23 @@ def per_example(
         Classes that occur in this data set, when it knows fewer than the model; the logits of the others are left
         out, targets stay in the numbering of all classes.
     """
-    found: dict[str, list[Tensor]] = {"correct": [], "confidence": [], "loss": []}
-    for inputs, targets in batches:
-        logits = forward(weights, inputs).float()
-        if columns is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy(1, columns, logits[:, columns])
-        probability, predicted = logits.softmax(1).max(1)
-        found["correct"].append(predicted == targets)
-        found["confidence"].append(probability)
-        found["loss"].append(cross_entropy(logits, targets, reduction="none"))
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+    found = [judged(forward(weights, inputs), targets, columns) for inputs, targets in batches]
+    return joined(found)
 
 
-def calibration_error(confidence: Array, correct: Array) -> float:
-    """Return the expected calibration error: mean over examples of |accuracy - confidence| of their bin, 15 equal bins.
+def judged(logits: Tensor, targets: Tensor, columns: Tensor | None = None) -> dict[str, Tensor]:
+    """Return ``correct``, ``confidence`` and ``loss`` of one batch, see :func:`per_example`."""
+    logits = logits.float()
+    if columns is not None:
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, columns, logits[:, columns])
+    probability, predicted = logits.softmax(1).max(1)
+    loss = cross_entropy(logits, targets, reduction="none")
+    return {"correct": predicted == targets, "confidence": probability, "loss": loss}
 
-    Biased upward by sampling: a perfectly calibrated model shows a gap of order ``sqrt(bins / n)``.
-    Source: arXiv 1706.04599.
-    """
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(place, weights=correct - confidence.astype(np.float64), minlength=BINS)
-    return float(np.abs(gaps).sum() / len(correct))
+
+def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Array]:
+    """Return what was judged in batches as arrays over all examples."""
+    return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
 
 
 def _calibration(examples: dict[str, Array]) -> tuple[float, float]:

@@ -50,6 +50,13 @@ def decode(line: str) -> Cell:
     return Cell(stored["cell"], tuple(rows), arrays)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[Cell], int]:
     """Return header, finished cells and the number of good bytes; a torn last line is left out of all three.
 

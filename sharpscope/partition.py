@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sharpscope.errors import UsageError
+from sharpscope.naming import Place, part, places
 
 Granularity = Literal["tower", "block", "part", "tensor"]
 GRANULARITIES: tuple[Granularity, ...] = ("tower", "block", "part", "tensor")
@@ -34,75 +35,35 @@ class Partition:
         return "\n".join(f"{layer:<24} {len(names):>4} tensors" for layer, names in self.layers.items())
 
 
-# How transformers, open_clip (= OpenAI) and timm trunks name a CLIP: pattern -> canonical layer, depth order key.
-# {0} is the block number. The pre-norm of a tower belongs to its embedding, which it scales.
-_BLOCK = {
-    "visual": re.compile(
-        r"^(?:vision_model\.encoder\.layers|visual\.transformer\.resblocks|visual\.trunk\.blocks)\.(\d+)\.(.+)$"
-    ),
-    "text": re.compile(
-        r"^(?:text_model\.encoder\.layers|transformer\.resblocks|text\.transformer\.resblocks)\.(\d+)\.(.+)$"
-    ),
-}
-_REST = tuple(
-    (re.compile(pattern), layer)
-    for pattern, layer in (
-        (r"^vision_model\.(embeddings|pre_layrnorm)\.", "visual.embed"),
-        (r"^visual\.(conv1|class_embedding|positional_embedding|ln_pre)\b", "visual.embed"),
-        (r"^visual\.trunk\.(patch_embed|cls_token|reg_token|pos_embed|norm_pre)\b", "visual.embed"),
-        (r"^vision_model\.post_layernorm\.", "visual.norm"),
-        (r"^visual\.(ln_post|trunk\.norm|trunk\.fc_norm)\b", "visual.norm"),
-        (r"^(vision_model\.head|visual\.attn_pool|visual\.trunk\.attn_pool)\b", "visual.pool"),
-        (r"^(visual_projection\.|visual\.proj\b|visual\.head\.)", "visual.proj"),
-        (r"^text_model\.embeddings\.", "text.embed"),
-        (r"^(text\.)?(token_embedding|positional_embedding|cls_emb)\b", "text.embed"),
-        (r"^(text_model\.final_layer_norm\.|(text\.)?ln_final\.)", "text.norm"),
-        (r"^((text\.)?text_projection\b|text_model\.head\.)", "text.proj"),
-        (r"^(head|classification_head|classifier)\.", "head"),
-        (r"^logit_(scale|bias)$", "logit_scale"),
-    )
-)
-_PARTS = (
-    ("attn", re.compile(r"^(self_attn|attn)\.")),
-    ("mlp", re.compile(r"^mlp\.")),
-    ("ln", re.compile(r"^(layer_norm|ln_|norm)\d\.")),
-)
 _DEPTH = ("embed", "block", "norm", "pool", "proj")
-_TOWERS = ("visual", "text", "head", "logit_scale", "other")
+_TOWERS = ("visual", "text", "decoder", "head", "logit_scale", "other")
 
 
-def _clip_layer(name: str, granularity: Granularity) -> str | None:
-    for tower, pattern in _BLOCK.items():
-        if match := pattern.match(name):
-            block = f"{tower}.block.{int(match[1]):02d}"
-            return block if granularity == "block" else _part(block, match[2], name)
-    return next((layer for pattern, layer in _REST if pattern.match(name)), None)
+def _known_layer(name: str, place: Place, granularity: Granularity) -> str:
+    if granularity == "tower" or not place.kind:
+        return place.tower
+    if place.kind != "block":
+        return f"{place.tower}.{place.kind}"
+    block = f"{place.tower}.block.{place.number[0]:02d}"
+    if granularity == "block":
+        return block
+    if (inside := part(place.inside)) is None:
+        warnings.warn(f"{name!r} is no known part of a transformer block; it stays in {block!r}", stacklevel=2)
+        return block
+    return f"{block}.{inside}"
 
 
-def _part(block: str, rest: str, name: str) -> str:
-    for part, pattern in _PARTS:
-        if pattern.match(rest):
-            return f"{block}.{part}"
-    warnings.warn(f"{name!r} is no known part of a transformer block; it stays in {block!r}", stacklevel=2)
-    return block
+def _depth(place: Place) -> tuple[int, int, tuple[int, ...]]:
+    return _TOWERS.index(place.tower), _DEPTH.index(place.kind) if place.kind else 0, place.number
 
 
-def _clip_depth(layer: str) -> tuple[int, int, str]:
-    tower, _, rest = layer.partition(".")
-    place = rest.partition(".")[0]
-    return _TOWERS.index(tower), _DEPTH.index(place) if place in _DEPTH else len(_DEPTH), layer
-
-
-def _is_clip(names: Iterable[str]) -> bool:
-    return any(_BLOCK["visual"].match(name) for name in names)
-
-
-def _clip(names: Collection[str], granularity: Granularity) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        layer = _clip_layer(name, "block" if granularity == "tower" else granularity) or "other"
-        found.setdefault(layer.partition(".")[0] if granularity == "tower" else layer, []).append(name)
-    return {layer: found[layer] for layer in sorted(found, key=_clip_depth)}
+def _known(found: Mapping[str, Place], names: Collection[str], granularity: Granularity) -> dict[str, list[str]]:
+    layers: dict[str, list[str]] = {}
+    # Parts of a block in the order of their names, so that two libraries list them alike.
+    keys = {name: (*_depth(found[name]), _known_layer(name, found[name], granularity)) for name in names}
+    for name in sorted(names, key=keys.__getitem__):
+        layers.setdefault(keys[name][-1], []).append(name)
+    return layers
 
 
 def _plain_layer(name: str, granularity: Granularity, containers: Collection[str]) -> str:
@@ -158,8 +119,8 @@ def partition(
     rest = [name for name in names if name not in own]
     if granularity == "tensor":
         found = {name: [name] for name in rest}
-    elif _is_clip(names):
-        found = _clip(rest, granularity)
+    elif (known := places(names)) is not None:
+        found = _known(known, rest, granularity)
     else:
         found = {}
         for name in rest:

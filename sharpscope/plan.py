@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from sharpscope._version import __version__
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
-from sharpscope.errors import DataError, ModelError, UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
+from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
 from sharpscope.objective import Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
-from sharpscope.path import CONVENTION, Path
+from sharpscope.path import Path
 from sharpscope.precision import Precision
 from sharpscope.provenance import provenance
+from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")
@@ -79,12 +81,15 @@ class Job:
     constants: Tree  # buffers that are the same in both models
     layers: Partition  # of the tensors that the loss touches
     all_layers: Partition
+    path_layers: Partition  # of every tensor on the path, buffers that differ between the models too
+    network: Network
     splits: list[Split]  # ID first
     curvature_split: str
     curvature_images: int
     sharpness_data: Split
     objective: Objective
     names: tuple[str, str]
+    sources: tuple[dict[str, str], dict[str, str]]  # where the weights are on disk, and their hash
     device: torch.device
     warnings: list[str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -141,9 +146,12 @@ class Job:
             "layers": self._layer_facts(),
             "unused": [layer for layer in self.all_layers.layers if layer not in self.layers.layers],
             "models": {
-                role: {"name": name, "hash": mark}
-                for role, name, mark in zip(("zero_shot", "fine_tuned"), self.names, identity["weights"], strict=True)
+                role: {"name": name, "hash": mark, **source}
+                for role, name, mark, source in zip(
+                    ("zero_shot", "fine_tuned"), self.names, identity["weights"], self.sources, strict=True
+                )
             },
+            "partition": {layer: list(names) for layer, names in self.all_layers.layers.items()},
             "provenance": provenance(self.device, next(iter(self.path.start.values())).dtype),
             "cost": {"seconds": round(seconds, 3), **dict(self.counts)},
             "warnings": self.warnings,
@@ -180,16 +188,10 @@ class Job:
 def _modules(
     models: tuple[Any, Any], classes: Sequence[str] | None
 ) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
-    """Return two classifiers, their names and notes: the models, or CLIPs with a head made of the class names."""
-    clips = [hasattr(model, "classifier") and not isinstance(model, nn.Module) for model in models]
-    if not all(clips):
+    """Return two classifiers, their names and notes: the modules, or made of what :func:`sharpscope.load` returned."""
+    if any(isinstance(model, nn.Module) for model in models) or not all(hasattr(m, "preprocess") for m in models):
         return models, (type(models[0]).__name__, type(models[1]).__name__), []
-    if classes is None:
-        raise DataError(
-            f"{models[0].name} is a CLIP and needs class names for its head, the ID data has none",
-            "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
-        )
-    from sharpscope.models.compatibility import pair  # transformers, only where it is needed
+    from sharpscope.models.compatibility import pair  # reads checkpoints, only where it is needed
 
     start, end, notes = pair(*models, classes)
     return (start, end), (models[0].name, models[1].name), notes
@@ -210,12 +212,6 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
             "statistics are wrong between the ends without recalibration"
         )
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
-
-
-def _device(chosen: str | None, weights: Tree) -> torch.device:
-    if chosen is not None:
-        return torch.device(chosen)
-    return torch.device("cuda") if torch.cuda.is_available() else next(iter(weights.values())).device
 
 
 def _moved(tree: Tree, device: torch.device) -> Tree:
@@ -240,13 +236,14 @@ def prepare(
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
-    place = _device(device, path.start)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else next(iter(path.start.values())).device))
     path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
     parameters = list(networks[0].parameters)
-    everything = partition(
-        parameters, granularity=plan.granularity, containers=container_names(module), patterns=patterns
+    everything, on_path = (
+        partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
+        for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
     objective = Objective(networks[0].forward, plan.loss, batches)
@@ -256,12 +253,15 @@ def prepare(
         constants=constants,
         layers=layers,
         all_layers=everything,
+        path_layers=on_path,
+        network=networks[0],
         splits=[id_split, *ood],
         curvature_split=curvature.name,
         curvature_images=objective.examples,
         sharpness_data=curvature,
         objective=objective,
         names=model_names,
+        sources=(on_disk(models[0]), on_disk(models[1])),
         device=place,
         warnings=notes,
     )

@@ -64,6 +64,11 @@ class Progress:
         self._bar.set_description_str(f"alpha {index + 1}/{self._alphas} · {measure} · {what}", refresh=False)
         self._bar.update()
 
+    def count(self, what: str) -> None:
+        """Count one step of what is done after the path, and name it."""
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.update()
+
     def alpha_done(self, index: int, alpha: float) -> None:
         """Say that all cells of an alpha are there."""
         if self._lines:

@@ -25,5 +25,6 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "dtype": str(dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "attention": "math (unfused) for curvature",
     }

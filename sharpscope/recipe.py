@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 from sharpscope.errors import UsageError
 
+CONVENTION = "alpha 0 = zero-shot (start), alpha 1 = fine-tuned (end)"
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,22 @@ import pandas as pd
 
 from sharpscope import journal
 from sharpscope.errors import UsageError
+from sharpscope.journal import replace_text as _replace
+from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
+from sharpscope.stragglers.label_free import Answers, label_free
+from sharpscope.stragglers.recipes import COLUMNS as RECIPES
+from sharpscope.stragglers.recipes import Contest, candidates, with_recipe
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.stragglers.resampling import error_draws
 from sharpscope.stragglers.wording import supported
 from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
 if TYPE_CHECKING:
+    import xarray
+
+    from sharpscope.adapters import Tracker
     from sharpscope.report.plots import Plots
 
 
@@ -41,9 +50,11 @@ class ScanResult:
         self.meta: dict[str, Any] = json.loads(json.dumps(meta))
         splits, measures = list(self.meta["splits"]), [*self.meta["measures"], "evaluation"]
 
-        def place(cell: Cell) -> tuple[float, int, int]:
-            alpha, split, measure = cell.key.split("|")
-            return float(alpha), measures.index(measure), splits.index(split)
+        def place(cell: Cell) -> tuple[bool, float, int, int]:
+            alpha, split, measure = cell.key.split("|", 2)
+            if measure not in measures:  # of a later phase: after the path, as they came
+                return True, 0.0, 0, 0
+            return False, float(alpha), measures.index(measure), splits.index(split)
 
         self.cells: tuple[Cell, ...] = tuple(sorted(cells, key=place))
 
@@ -84,15 +95,43 @@ class ScanResult:
         chosen = self._rows[self._rows["measure"].isin(EVALUATIONS)]
         return chosen.drop(columns=["layer", "converged"]).rename(columns={"draws": "n"}).reset_index(drop=True)
 
+    def _per_image(self, name: str) -> dict[tuple[float, str], Array]:
+        """Return what evaluation kept of each image, by alpha and split."""
+        found = {}
+        for cell in self.cells:
+            alpha, split, measure = cell.key.split("|", 2)
+            if measure == "evaluation":
+                found[float(alpha), split] = cell.arrays[name]
+        return found
+
     @property
     def correct(self) -> dict[tuple[float, str], Array]:
         """Per-example correctness, bool of shape ``(n,)``, by alpha and split."""
-        found = {}
-        for cell in self.cells:
-            if "correct" in cell.arrays:
-                alpha, split, _ = cell.key.split("|")
-                found[float(alpha), split] = cell.arrays["correct"]
-        return found
+        return self._per_image("correct")
+
+    @property
+    def barriers(self) -> pd.DataFrame:
+        """How far error and loss rise above the chord, see :func:`~sharpscope.stragglers.barrier.barriers`.
+
+        One row per set, measure and chord: ``split measure chord value low high alpha n``.
+        """
+        error = {place: ~correct for place, correct in self.correct.items()}
+        metrics = {"error": error, "loss": self._per_image("loss")}
+        return barrier.barriers(metrics, self.id_split, self.ood_splits)
+
+    def interpolation_failure(self, form: barrier.Form = "weak") -> barrier.InterpolationFailure:
+        """Return whether, on OOD, no alpha between the ends beats zero-shot (``"weak"``), or both (``"strict"``)."""
+        return barrier.interpolation_failure(self.correct, self.ood_splits, form=form)
+
+    @property
+    def label_free(self) -> pd.DataFrame:
+        """OOD accuracy as estimated without OOD labels, beside the truth; see ``stragglers.label_free``.
+
+        ``alpha split estimator estimate truth error stderr chosen``, in percent.
+        """
+        confidence = self._per_image("confidence")
+        answers = {place: Answers(correct, confidence[place]) for place, correct in self.correct.items()}
+        return label_free(answers, self.id_split, self.ood_splits)
 
     @cached_property
     def stragglers(self) -> pd.DataFrame:
@@ -101,7 +140,7 @@ class ScanResult:
         Columns as of :func:`~sharpscope.stragglers.correlation.co_movement`, then ``delta_norm relative_delta``.
         Empty without OOD sets that have labels.
         """
-        return self.co_movement()
+        return self.co_movement(interventions=self.interventions)
 
     def co_movement(self, statistic: Statistic = "kendall", interventions: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return the table of :attr:`stragglers` with another correlation (``"spearman"``, ``"pearson"``).
@@ -139,9 +178,53 @@ class ScanResult:
         generator = np.random.default_rng([abs(self.meta["seed"]), 1])
         return error_draws(correct, labelled, alphas, BOOTSTRAPS, generator)
 
-    def recommend(self, keep_id: float | None = None) -> Recommendation:
-        """Return the alpha to ship; ``keep_id`` (zero or negative) is how many points of ID accuracy may go."""
-        return recommend(self.correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+    @cached_property
+    def interventions(self) -> pd.DataFrame:
+        """What moving one layer alone does to accuracy, see :func:`~sharpscope.stragglers.effects.effects`.
+
+        One row per layer, base and set: ``layer question base alpha split effect low high control control_low
+        control_high draws n supported``. Empty if interventions were not run.
+        """
+        layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
+        return effects.effects(self.cells, settings, layers, self.id_split, self.ood_splits)
+
+    @property
+    def cumulative(self) -> pd.DataFrame:
+        """What moving the first, or the last, layers together does; see ``effects.cumulative_effects``."""
+        layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
+        return effects.cumulative_effects(self.cells, settings, layers, self.id_split, self.ood_splits)
+
+    @property
+    def _contest(self) -> Contest:
+        found = candidates(self.cells, self.meta.get("recipes"), self.correct)
+        return Contest(found, self.id_split, self.ood_splits, self.meta["seed"])
+
+    @property
+    def recipes(self) -> pd.DataFrame:
+        """One row per recipe that was tried, see :meth:`sharpscope.stragglers.recipes.Contest.frame`.
+
+        ``recipe kind id ood id_low id_high ood_low ood_high versus_uniform low high score chosen``. Without a search
+        these are the uniform alphas; empty if a set has a single image, as choosing and quoting take a half each.
+        """
+        if min(map(len, self.correct.values()), default=0) < 2:
+            return pd.DataFrame(columns=list(RECIPES))
+        return self._contest.frame()
+
+    def recommend(self, keep_id: float | None = None, *, per_layer: bool = False) -> Recommendation:
+        """Return what to ship.
+
+        Parameters
+        ----------
+        keep_id
+            How many points of ID accuracy may go, zero or negative; None: any.
+        per_layer
+            Whether a recipe with an alpha per layer may be shipped: the best on the choosing half, if on the other half
+            it beats the best uniform alpha by more than the paired interval. Needs ``scan(..., recipes=True)``.
+        """
+        correct = self.correct
+        found = recommend(correct, self.id_split, self.ood_splits, keep_id=keep_id, seed=self.meta["seed"])
+        found = with_recipe(found, self._contest, correct, keep_id) if per_layer else found
+        return replace(found, scan=self.meta)
 
     @property
     def plot(self) -> Plots:
@@ -150,6 +233,24 @@ class ScanResult:
 
         return Plots(self)
 
+    def to_xarray(self) -> xarray.Dataset:
+        """Return the numbers on labelled axes; see :func:`sharpscope.adapters.to_xarray`."""
+        from sharpscope.adapters import to_xarray
+
+        return to_xarray(self)
+
+    def to_mlflow_metrics(self) -> dict[str, float]:
+        """Return flat metrics under names that MLflow takes; see :func:`sharpscope.adapters.to_mlflow_metrics`."""
+        from sharpscope.adapters import to_mlflow_metrics
+
+        return to_mlflow_metrics(self)
+
+    def log_to(self, tracker: Tracker) -> None:
+        """Log the path to anything with ``log(dict, step=)``; see :func:`sharpscope.adapters.log_to`."""
+        from sharpscope.adapters import log_to
+
+        log_to(self, tracker)
+
     def save(self, folder: str | Path) -> Path:
         """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder."""
         out = Path(folder)
@@ -157,7 +258,7 @@ class ScanResult:
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]
         _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
-        for name in ("layers", "evals", "stragglers"):
+        for name in ("layers", "evals", "stragglers", "interventions", "recipes"):
             _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
         np.savez_compressed(out / "correct.npz", **arrays)
@@ -173,13 +274,6 @@ class ScanResult:
         from sharpscope.summary import as_html
 
         return as_html(self)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def open_result(folder: str | Path) -> ScanResult:

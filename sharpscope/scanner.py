@@ -11,6 +11,7 @@ from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
 from sharpscope.evaluate import evaluation_cell, per_example
+from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.losses import Loss, loss_from
 from sharpscope.measures import DEFAULT, Measure, measures_from
@@ -21,6 +22,7 @@ from sharpscope.plan import Job, Plan, alphas_from, prepare
 from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
 from sharpscope.result import ScanResult
+from sharpscope.search import RecipeSearch, Search, recipes_from
 from sharpscope.table import Cell, Row, cell_key
 from sharpscope.tree import Tree
 
@@ -84,13 +86,35 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
         progress.alpha_done(index, alpha)
 
 
-def _measured(job: Job, plan: Plan, journal: Journal, memory: Memory, show: bool | None) -> None:
-    """Bring the journal to completion, with progress."""
+def _measured(
+    job: Job,
+    plan: Plan,
+    moves: Interventions | None,
+    recipes: RecipeSearch | None,
+    journal: Journal,
+    memory: Memory,
+    show: bool | None,
+) -> dict[str, Any]:
+    """Bring the journal to completion, with progress: the path, interventions, recipes. Return what the latter were."""
     steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
+    steps += moves.steps(job) if moves else 0
+    steps += recipes.evaluations * len(job.splits) if recipes else 0
     with Progress(steps, len(plan.alphas), show) as bar:
         bar.say(job.describe(plan, len(journal)))
         for _ in cells(job, plan, journal, memory, bar):
             pass
+        if moves:
+            bar.say(moves.describe(job))
+            for cell in moves.cells(job, plan, journal, bar.count):
+                journal.append(cell)
+        tried = None
+        if recipes:
+            bar.say(f"recipes: at most {recipes.evaluations} are tried on all images")
+            search = Search(recipes, job, plan, journal, bar.count)
+            for cell in search.cells():
+                journal.append(cell)
+            tried = search.meta()
+    return {"interventions": moves.meta(job, plan, journal) if moves else None, "recipes": tried}
 
 
 def scan(
@@ -108,6 +132,9 @@ def scan(
     batch_size: int = 64,
     granularity: Granularity = "block",
     patterns: Mapping[str, str] | None = None,
+    interventions: bool | Interventions | None = None,
+    intervention_limit: int | None = 512,
+    recipes: bool | RecipeSearch = False,
     seed: int = 0,
     out: str | FilePath | None = None,
     fresh: bool = False,
@@ -143,6 +170,15 @@ def scan(
         batches need fewer of them; other numbers change by rounding only.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
+    interventions
+        Whether each layer is also moved alone to the other end, beside random moves as long, and judged on all sets;
+        or which, as :class:`sharpscope.intervention.Interventions`. Default: if there are OOD sets and it costs less
+        than the scan itself.
+    intervention_limit
+        Most images per set that moves are judged on, drawn by class with the seed; None: all.
+    recipes
+        Whether recipes with an alpha per layer are searched for after that, or how
+        (:class:`sharpscope.search.RecipeSearch`); by default 60 of them, each an evaluation of all images.
     seed
         Of all draws: probes, start vectors, the sample of images. Each draw depends on the seed, the measure, the
         layer and its number only, so curves over alpha are smooth and resuming changes nothing.
@@ -194,9 +230,11 @@ def scan(
     folder = None if out is None else FilePath(out)
     with matmul_precision(precision):
         job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+        searched = recipes_from(recipes, job, plan)
+        moves = interventions_from(interventions, intervention_limit, job, plan)
         journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-        _measured(job, plan, journal, Memory(folder), progress)
-        result = ScanResult(journal, job.meta(plan, journal.plan, time.monotonic() - started))
+        found = _measured(job, plan, moves, searched, journal, Memory(folder), progress)
+        result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
     if folder is not None:
         result.save(folder)
         Memory(folder).clear()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sharpscope.result import ScanResult
+from sharpscope.stragglers.effects import NECESSARY, SUFFICIENT, Base, moved_key
+from sharpscope.stragglers.recipes import recipe_key
 from sharpscope.table import Array, Cell, Row, cell_key
 
 LAYERS = (
@@ -128,8 +130,9 @@ def planted(
     converged: bool = True,
     measures: Sequence[str] = tuple(MEASURES),
     unmeasured: Sequence[tuple[float, str]] = ((0.5, "visual.embed"),),
+    studied: bool = False,
 ) -> ScanResult:
-    """Return the scan; ``unmeasured`` names (alpha, layer) left without any curvature."""
+    """Return the scan; ``unmeasured`` (alpha, layer) have no curvature, ``studied`` adds moves and recipes."""
     cells = []
     for alpha in alphas:
         evaluations = [_evaluation(alpha, split, n, failure) for split in ("id", *ood)]
@@ -138,4 +141,48 @@ def planted(
         layers = [name for name in LAYERS if (alpha, name) not in unmeasured]
         cells += evaluations
         cells += [_curvature(alpha, measure, error, layers, converged) for measure in measures]
-    return ScanResult(cells, {**_meta(alphas, ood, n), "measures": {name: MEASURES[name] for name in measures}})
+    meta = {**_meta(alphas, ood, n), "measures": {name: MEASURES[name] for name in measures}}
+    if studied:
+        cells += [*_moves(ood, n), *_recipes(ood, n)]
+        meta |= {"interventions": {"limit": None, "draws": DRAWS, "bases": BASES}, "recipes": {"trials": TRIALS}}
+    return ScanResult(cells, meta)
+
+
+DRAWS = 3
+BASES = [[NECESSARY, 1.0], [SUFFICIENT, 0.0]]
+GAIN = 0.08  # of OOD accuracy: what the straggler back at zero-shot gives, and costs when it alone is fine-tuned
+RECIPE_GAIN = 0.05  # of the planted recipe over uniform alpha 0.4, on every set
+TRIALS = [
+    {"name": "straggler at 0.1", "kind": "per-layer", "rules": [[STRAGGLER, 0.1], ["*", 0.4]], "key": "a"},
+    {"name": "LiNeS 0 to 1", "kind": "LiNeS", "rules": [["visual.*", 0.2], ["*", 0.9]], "key": "b"},
+]
+
+
+def _answers(share: float, split: str, n: int) -> Cell:
+    luck = np.random.default_rng([n, len(split)]).permutation((np.arange(n) + 0.5) / n)
+    return Cell(split, (), {"correct": luck < share})
+
+
+def _moves(ood: Sequence[str], n: int) -> list[Cell]:
+    cells = []
+    for base in (Base(str(question), float(alpha)) for question, alpha in BASES):
+        sign = 1 if base.question == NECESSARY else -1
+        for split in ("id", *ood):
+            share = true_accuracy(base.alpha, split)
+            layers = [*LAYERS, UNUSED]
+            gains = {name: sign * GAIN * (name == STRAGGLER and split != "id") for name in layers}
+            tried = {("base", ""): 0.0, **{("layer", name): gain for name, gain in gains.items()}}
+            tried |= {(f"control {draw}", name): 0.002 * (draw - 1) for draw in range(DRAWS) for name in layers}
+            for (what, layer), gain in tried.items():
+                found = _answers(share + gain, split, n)
+                cells.append(Cell(moved_key(base, split, None, what, layer), (), found.arrays))
+    return cells
+
+
+def _recipes(ood: Sequence[str], n: int) -> list[Cell]:
+    gains = {"a": RECIPE_GAIN, "b": -0.03}
+    return [
+        Cell(recipe_key(split, key), (), _answers(true_accuracy(0.4, split) + gain, split, n).arrays)
+        for key, gain in gains.items()
+        for split in ("id", *ood)
+    ]

@@ -20,6 +20,7 @@ import sharpscope.commands.report as command
 from sharpscope import cli, config, demo, doctor
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.measures import measures_from
+from sharpscope.result import open_result
 
 REPORT_FILES = {
     "index.html",
@@ -27,6 +28,8 @@ REPORT_FILES = {
     "layers.csv",
     "evals.csv",
     "stragglers.csv",
+    "interventions.csv",
+    "recipes.csv",
     "figures",
     "cells.jsonl",
     "correct.npz",
@@ -112,7 +115,7 @@ def assets(world, tmp_path, monkeypatch):
 @pytest.fixture
 def no_page(monkeypatch):
     """Drawing the page is tested where it is made, and takes longer than measuring."""
-    monkeypatch.setattr(command, "write", lambda result, folder: None)
+    monkeypatch.setattr(command, "write", lambda result, folder, *, audit: None)
 
 
 # --- help
@@ -211,6 +214,14 @@ def test_the_page_of_a_saved_scan_is_written_again_without_torch(scanned):
     assert (scanned / "index.html").read_bytes() == page
 
 
+def test_an_audit_log_that_is_not_there_is_named_before_anything_is_drawn(run, scanned):
+    page = (scanned / "index.html").read_bytes()
+    code, _, err = run("report", scanned, "--audit", scanned / "nowhere.jsonl")
+    assert code == 2
+    assert "nowhere.jsonl does not exist" in err
+    assert (scanned / "index.html").read_bytes() == page
+
+
 def test_a_saved_scan_cannot_be_drawn_with_other_settings(run, scanned):
     code, _, err = run("report", scanned, "--seed", 0)
     assert code == 2
@@ -219,6 +230,22 @@ def test_a_saved_scan_cannot_be_drawn_with_other_settings(run, scanned):
 
 def test_quiet_leaves_stderr_empty(run, flags, no_page):
     assert run("report", *flags, "--quiet")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "images", "kinds"),
+    [
+        ((), {8, 18}, {"uniform"}),
+        (("--no-interventions",), set(), {"uniform"}),
+        (("--intervention-limit", 4, "--recipes"), {4}, {"uniform", "LiNeS", "leave-one-out", "per-layer"}),
+    ],
+)
+def test_flags_say_whether_layers_are_moved_and_recipes_tried(run, flags, no_page, tmp_path, more, images, kinds):
+    code, _, err = run("report", *flags, *more)
+    assert code == 0, err
+    result = open_result(tmp_path / "out")
+    assert set(result.interventions["n"]) == images
+    assert set(result.recipes["kind"]) - {"projection", "sparsified", "shrunk"} <= kinds
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, flags, tmp_path):
@@ -235,6 +262,15 @@ def test_the_resolved_settings_repeat_the_run(run, flags, tmp_path, no_page):
     assert code == 0, err
     for name in ("layers.csv", "evals.csv"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_deterministic_is_recorded_and_lasts_as_long_as_the_scan(run, flags, tmp_path, no_page):
+    code, _, err = run("report", *flags, "--deterministic")
+    assert code == 0, err
+    facts = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert facts["provenance"]["deterministic"] is True
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert config.settings({}, tmp_path / "out" / "config.resolved.toml").deterministic is True
 
 
 def test_another_plan_in_the_same_folder_is_refused_unless_fresh(run, flags, no_page):
@@ -462,4 +498,5 @@ def test_a_torchvision_that_does_not_fit_is_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = doctor._torchvision()
     assert found.passed is False
-    assert "0.1 does not fit this torch: operator torchvision::nms does not exist" in found.found
+    assert found.found.startswith("torchvision 0.1 was built for another torch than ")
+    assert "(operator torchvision::nms does not exist); pip uninstall torchvision" in found.found

@@ -10,23 +10,48 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from planted import ALPHAS, LAYERS, NOISY, OOD, SINGLE, UNCONVERGED, UNUSED, planted
+from planted import (
+    ALPHAS,
+    GAIN,
+    LAYERS,
+    NOISY,
+    OOD,
+    SCALE,
+    SINGLE,
+    STRAGGLER,
+    UNCONVERGED,
+    UNUSED,
+    planted,
+    true_accuracy,
+    true_sharpness,
+)
+from scipy.stats import kendalltau
+from scipy.stats import t as student
 
 from sharpscope.errors import UsageError
+from sharpscope.report.agreement_figure import agreement
+from sharpscope.report.canvas import SERIES
 from sharpscope.report.curves import layer_grid, wilson
+from sharpscope.report.distance_figure import ways
 from sharpscope.report.drawing import inlined, svg
 from sharpscope.report.health_figure import running, worst_cells
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Z95
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}
+LAYER_ORDER = (*LAYERS, UNUSED)
+SMALLER = {"measures": ("trace", "lambda_max")}
 FULL = planted()
-METHODS = {"path": 2, "plane": 1, "heatmap": 2, "health": 2, "stragglers": 2}
+STUDIED = planted(studied=True)
+METHODS = {
+    "path": 2, "plane": 1, "heatmap": 2, "health": 2, "forest": 2, "multiples": 8, "interventions": 2, "recipe": 1,
+    "pareto": 1, "distance": 1, "agreement": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_figure_returns_its_axes(method: str) -> None:
-    found = np.atleast_1d(getattr(FULL.plot, method)())
+    found = np.atleast_1d(getattr(STUDIED.plot, method)())
     assert len(found) == METHODS[method]
     assert all(isinstance(ax, Axes) for ax in found)
 
@@ -34,22 +59,23 @@ def test_each_figure_returns_its_axes(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_each_figure_draws_into_the_axes_given(method: str) -> None:
     mine = Figure().subplots(1, METHODS[method], squeeze=False)[0]
-    found = getattr(FULL.plot, method)(ax=mine if METHODS[method] > 1 else mine[0])
+    found = getattr(STUDIED.plot, method)(ax=mine if METHODS[method] > 1 else mine[0])
     assert list(np.atleast_1d(found)) == list(mine)
     assert all(ax.has_data() for ax in mine)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_figure_shows_itself_in_a_notebook(method: str) -> None:
-    assert getattr(FULL.plot, method)()._repr_png_().startswith(b"\x89PNG")
+    assert getattr(STUDIED.plot, method)()._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", [{}, {"failure": True}, {"converged": False}])
+@pytest.mark.parametrize("how", [{}, {"failure": True, "converged": False}])
 def test_panels_keep_their_room_beside_labels_and_legends(method: str, how: dict[str, bool]) -> None:
-    found = np.atleast_1d(getattr(planted(**how).plot, method)())
+    found = np.atleast_1d(getattr(planted(**SMALLER, **how, studied=True).plot, method)())
     found[0].figure.draw_without_rendering()
-    assert all(ax.get_position().width > 0.2 and ax.get_position().height > 0.2 for ax in found)
+    least = 0.14 if method == "multiples" else 0.2
+    assert all(ax.get_position().width > least and ax.get_position().height > 0.2 for ax in found)
 
 
 def test_drawing_leaves_the_rc_settings_of_the_caller_alone() -> None:
@@ -68,10 +94,113 @@ def test_an_unknown_measure_names_those_there_are() -> None:
         FULL.plot.heatmap("tracy")
 
 
-@pytest.mark.parametrize(("method", "match"), [("plane", "needs an OOD set"), ("stragglers", "no OOD error")])
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ("plane", "needs an OOD set"),
+        ("forest", "no OOD error"),
+        ("multiples", "no OOD error"),
+        ("pareto", "an OOD set"),
+    ],
+)
 def test_figures_of_robustness_need_an_ood_set(method: str, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         getattr(planted(ood=()).plot, method)()
+
+
+@pytest.mark.parametrize(
+    ("method", "match"), [("interventions", "were not run in this scan"), ("recipe", "no recipes with an alpha per")]
+)
+def test_what_was_not_run_is_asked_for_by_its_flag(method: str, match: str) -> None:
+    with pytest.raises(UsageError, match=match) as caught:
+        getattr(FULL.plot, method)()
+    assert f"--{'recipes' if method == 'recipe' else method}" in caught.value.fix
+
+
+def test_the_forest_shows_chance_whiskers_and_p_of_every_row() -> None:
+    first, _ = FULL.plot.forest()
+    table = FULL.stragglers
+    tested = table[np.isfinite(table["null_low"])]
+    bars = sorted(
+        (bar.get_x(), bar.get_x() + bar.get_width()) for bar in first.patches if round(bar.get_height(), 6) == 0.1
+    )
+    np.testing.assert_allclose(bars, sorted(zip(tested["null_low"], tested["null_high"], strict=True)))
+    whiskers = sorted(tuple(part[:, 0]) for lines in first.collections for part in lines.get_segments())
+    np.testing.assert_allclose(whiskers, sorted(zip(tested["tau_low"], tested["tau_high"], strict=True)))
+    filled = [line.get_xdata()[0] for line in first.lines if line.get_mfc() in SERIES and len(line.get_xdata()) == 1]
+    assert sorted(filled) == sorted(table.loc[table["layer"] == STRAGGLER, "tau"])
+    assert len([text for text in first.texts if text.get_text()]) == len(tested)
+
+
+def test_the_curves_stand_above_the_error_and_its_surrogates() -> None:
+    made = FULL.plot.multiples()
+    top, below = made[0], made[len(made) // 2]
+    assert top.get_title("left").startswith(STRAGGLER)
+    assert [len(line.get_xdata()) for line in top.lines] == [len(ALPHAS)]
+    error = 100 * np.array([1 - np.mean([true_accuracy(alpha, name) for name in OOD]) for alpha in ALPHAS])
+    *chance, drawn = (line.get_ydata() for line in below.lines)
+    np.testing.assert_allclose(drawn, error, atol=0.1)  # 500 images a set
+    assert len(chance) == 20
+    assert all(sorted(curve) == sorted(drawn) for curve in chance)  # the error's own values, in another order
+
+
+def test_interventions_show_the_planted_gain_of_the_straggler_alone() -> None:
+    for panel, sign in zip(STUDIED.plot.interventions(), (1, -1), strict=True):
+        filled = [line for line in panel.lines if line.get_marker() == "o" and line.get_mfc() == line.get_color()]
+        assert [tuple(line.get_xdata()) for line in filled] == [pytest.approx((sign * 100 * GAIN,))]
+        assert round(filled[0].get_ydata()[0] + 0.18) == LAYERS.index(STRAGGLER)
+    assert [ax.get_title("left").split(":")[0] for ax in STUDIED.plot.interventions()] == ["Necessary", "Sufficient"]
+
+
+def test_the_recipe_figure_shows_the_planted_recipe() -> None:
+    made = STUDIED.plot.recipe()
+    dots = {LAYER_ORDER[int(line.get_ydata()[0])]: line for line in made.lines if line.get_marker() == "o"}
+    alphas = {layer: line.get_xdata()[0] for layer, line in dots.items()}
+    assert alphas == {layer: 0.1 if layer == STRAGGLER else 0.4 for layer in LAYER_ORDER}
+    assert [layer for layer, line in dots.items() if line.get_mfc() == line.get_color()] == [STRAGGLER]
+
+
+def test_pareto_rings_what_was_chosen_and_counts_what_was_tried() -> None:
+    labels = STUDIED.plot.pareto().get_legend_handles_labels()[1]
+    assert {"uniform alpha (11)", "per-layer (1)", "LiNeS (1)"} <= set(labels)
+    assert "best uniform alpha: alpha 0.4" in labels
+    assert "recipe chosen: straggler at 0.1" in labels
+
+
+def test_distance_and_mean_curvature_are_the_planted_ones() -> None:
+    found = ways(planted(**SMALLER))
+    facts = FULL.meta["layers"]
+    error = 1 - np.mean([true_accuracy(0.4, name) for name in OOD])
+    assert (found.alpha, found.along) == (0.4, False)
+    for i, layer in enumerate(found.layers):
+        curvature = SCALE["trace"] * true_sharpness(0.4, layer, error) / facts[layer]["size"]
+        assert found.distance[i] == facts[layer]["delta_norm"]
+        assert found.curvature[i] == pytest.approx(curvature, rel=0.01)
+        assert found.rise[i] == pytest.approx(curvature * facts[layer]["delta_norm"] ** 2 / 2, rel=0.01)
+
+
+def test_agreement_is_the_mean_over_alphas_of_scipys_tau() -> None:
+    found = agreement(FULL).set_index(["first", "second"])
+    rows = FULL.layers[FULL.layers["layer"] != "model"]
+    for first, second in found.index:
+        one, other = (rows[rows["measure"] == kind] for kind in (first, second))
+        both = one.merge(other, on=["alpha", "layer"])
+        taus = [kendalltau(part["value_x"], part["value_y"]).statistic for _, part in both.groupby("alpha")]
+        row = found.loc[(first, second)]
+        assert row["tau"] == pytest.approx(np.mean(taus))
+        assert row["low"] <= row["tau"] <= row["high"]
+
+
+def test_the_bands_of_a_running_mean_are_calibrated_intervals() -> None:
+    left, _ = FULL.plot.health()
+    layer = next(label for label in left.get_legend_handles_labels()[1] if label.startswith(NOISY))
+    alpha = float(layer.split("alpha ")[1].split(":")[0])
+    samples = next(cell for cell in FULL.cells if cell.key == f"{alpha}|id|trace").arrays[NOISY]
+    half = student.ppf(0.975, 2 * len(samples)) * samples.std(ddof=1) / np.sqrt(len(samples)) / abs(samples.mean())
+    ends = [
+        path.vertices[path.vertices[:, 0] == len(samples), 1] for band in left.collections for path in band.get_paths()
+    ]
+    assert any(np.ptp(end) == pytest.approx(2 * half) for end in ends if len(end))
 
 
 def test_the_path_shows_every_split_and_names_both_ends() -> None:

@@ -1,6 +1,7 @@
 """The house keeps its order: imports point one way, reading needs no torch, importing is light."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +13,26 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["journal"],
+    ["journal", "calibration"],
     ["stragglers"],
-    ["tree", "partition"],
-    ["path", "ball", "losses"],
+    ["tree", "naming"],
+    ["partition"],
+    ["recipe_file"],
+    ["path", "ball", "losses", "sparsity"],
     ["objective"],
     ["network", "batches", "loaders", "data", "precision", "provenance"],
+    ["replay"],
     ["apgd", "curvature"],
     ["perturbation", "evaluate"],
     ["measures", "memory"],
     ["models", "optim"],
-    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune"],
+    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
     ["plan"],
+    ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
+    ["detectors", "adapters", "prediction", "comparison"],
     ["scanner"],
-    ["config", "doctor", "demo", "crosscheck"],
+    ["config", "doctor", "demo", "crosscheck", "criticality"],
     ["commands", "cli", "__main__"],
 ]
 RANK = {module: rank for rank, room in enumerate(ROOMS) for module in room}
@@ -67,7 +73,11 @@ def test_imports_point_one_way(path):
         ("import sharpscope", {"torch", "matplotlib", "transformers", "pandas"}),
         ("import sharpscope.result, sharpscope.stragglers.correlation", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope; sharpscope.scan, sharpscope.layers", {"matplotlib", "transformers"}),
+        ("import sharpscope; sharpscope.load", {"matplotlib", "transformers", "open_clip", "timm", "torchvision"}),
         ("import sharpscope.report.page", {"torch", "transformers"}),
+        ("import sharpscope.commands.check", {"torch", "matplotlib", "transformers"}),
+        ("import sharpscope.comparison, sharpscope.prediction, sharpscope.recipe_file", {"torch", "transformers"}),
+        ("import sharpscope.commands.diff", {"torch", "matplotlib", "transformers"}),
         ("import sharpscope.cli", {"torch", "matplotlib", "transformers", "pandas"}),
     ],
 )
@@ -77,6 +87,19 @@ def test_importing_loads_nothing_it_does_not_need(statement, absent):
     assert done.stdout.strip() == ""
 
 
+def test_the_package_is_imported_in_60_ms():
+    code = "import time; t = time.process_time(); import sharpscope; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.06  # about 1 ms: it loads nothing but itself
+
+
+def test_the_times_that_the_benchmark_found_keep_their_limits():
+    found = json.loads((PACKAGE.parent / "benchmarks" / "results" / "imports.json").read_text())
+    assert found["lines"]["sharpscope --help"]["wall_seconds"] < found["limits"]["sharpscope --help"] == 0.3
+    added = "added to torch by import sharpscope"
+    assert found[added]["worst_seconds"] < found["limits"][added] == 0.06
+
+
 def test_no_public_name_is_shadowed_by_a_module():
     import sharpscope
 
@@ -84,7 +107,13 @@ def test_no_public_name_is_shadowed_by_a_module():
     assert not modules & set(sharpscope.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "layers", "open", "load", "folder", "ScanResult", "Split", "verify"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scan", "layers", "check", "open", "load", "folder", "images", "ScanResult", "Split", "verify", "merge"),
+        *("diff", "across_models", "Recipe"),
+    ],
+)
 def test_every_public_name_resolves_and_is_documented(name):
     import sharpscope
 

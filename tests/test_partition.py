@@ -71,3 +71,42 @@ def test_patterns_come_first_and_one_that_matches_nothing_is_refused():
     assert len(found.layers["early"]) == 3
     with pytest.raises(UsageError, match="'nowhere' of layer 'x' matches no tensor"):
         partition(TRANSFORMERS, patterns={"x": "nowhere"})
+
+
+OLD_VIT = [
+    "vit.embeddings.cls_token",
+    "vit.embeddings.patch_embeddings.projection.weight",
+    *(f"vit.encoder.layer.{i}.attention.{n}.weight" for i in (0, 11) for n in ("attention.query", "output.dense")),
+    *(f"vit.encoder.layer.{i}.{n}.weight" for i in (0, 11) for n in ("intermediate.dense", "layernorm_before")),
+    "vit.layernorm.weight",
+    "classifier.weight",
+]
+BARE = [name.removeprefix("vision_model.") for name in TRANSFORMERS if name.startswith("vision_model.")]
+BARE_TEXT = [name.removeprefix("text_model.") for name in TRANSFORMERS if name.startswith("text_model.")]
+SIGLIP_HEAD = [f"vision_model.{n}" for n in ("encoder.layers.0.mlp.fc1.bias", "head.probe", "head.mlp.fc1.bias")]
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (OLD_VIT, ["visual.embed", "visual.block.00", "visual.block.11", "visual.norm", "head"]),
+        (BARE, ["visual.embed", "visual.block.00", "visual.block.09", "visual.block.10", "visual.norm"]),
+        (BARE_TEXT, ["text.embed", "text.block.00", "text.block.01", "text.norm"]),
+        ([*BARE_TEXT, "head.weight"], ["text.embed", "text.block.00", "text.block.01", "text.norm", "text.proj"]),
+        (SIGLIP_HEAD, ["visual.block.00", "visual.pool"]),
+        (["conv1.weight", "layer1.0.bn1.bias", "fc.bias"], ["visual.embed", "visual.block.00", "head"]),
+    ],
+)
+def test_other_namings_of_towers_have_canonical_ids(names, ids):
+    assert [*partition(names).layers] == ids
+
+
+def test_blocks_of_stages_are_numbered_through():
+    stages = [f"layer{stage}.{block}.conv1.weight" for stage in (1, 2) for block in (1, 0)]
+    found = partition(["conv1.weight", *stages]).layers
+    assert found["visual.block.01"] == ("layer1.1.conv1.weight",)
+    assert found["visual.block.02"] == ("layer2.0.conv1.weight",)
+
+
+def test_what_is_known_of_no_network_is_other_not_dropped():
+    assert partition([*TRANSFORMERS, "adapter.weight"]).layers["other"] == ("adapter.weight",)

@@ -67,6 +67,14 @@ BREAKAGES = {
         "table.py", "if not math.isfinite(self.value) or math.isnan(self.stderr):", "if False:",
         "test_journal.py::test_a_row_cannot_hold_a_number_that_is_none[nan]",
     ),
+    "a gate takes NaN for a number": (
+        "detectors/findings.py", 'if self.verdict != "unmeasured" and not (', "if False and not (",
+        "test_gate.py::test_a_verdict_on_nan_cannot_be_given",
+    ),
+    "a candidate is judged on the images that picked it": (
+        "detectors/images.py", "if not chosen:", "if True:",
+        "test_gate.py::test_a_candidate_is_judged_on_images_that_it_was_not_picked_on",
+    ),
     "the path is walked backwards": (
         "path.py", "mix(tensor, self.end[name], alpha)", "mix(tensor, self.end[name], 1 - alpha)",
         "test_scan.py::test_both_ends_have_the_dense_curvature_and_the_plain_accuracy[mlp]",
@@ -114,6 +122,47 @@ BREAKAGES = {
     "a straggler needs no intervention": (
         "stragglers/wording.py", "return STRAGGLER if supported else BEYOND", "return STRAGGLER",
         "test_stragglers.py::test_only_a_supported_layer_beyond_the_null_is_a_straggler",
+    ),
+    "a recipe is quoted on the half it was chosen on": (
+        "stragglers/recipes.py", "self.second = {split: part[1]", "self.second = {split: part[0]",
+        "test_search.py::test_recipes_that_are_no_better_are_seldom_shipped_although_the_luckiest_looks_better",
+    ),
+    "a random move is longer than the real one": (
+        "moves.py", "direction * (length / norm", "direction * (2 * length / norm",
+        "test_intervention.py::test_a_random_control_goes_as_far_as_the_move_tensor_by_tensor_and_each_its_own_way[base0]",
+    ),
+    "a moved module gives its old output": (
+        "replay.py", "and self._holds[name].isdisjoint(moved)", "",
+        "test_replay.py::test_moving_any_layer_gives_the_bits_of_the_full_forward[mlp-block]",
+    ),
+    "a module whose input has changed gives its old output": (
+        "replay.py", "if known and _same((args, kwargs), calls[index].inputs):", "if known:",
+        "test_replay.py::test_no_order_of_execution_is_assumed[gain]",
+    ),
+    "the spread over random directions is forgotten": (
+        "stragglers/interval.py", "    if len(draws):", "    if False:",
+        "test_intervention.py::test_a_move_that_is_one_random_direction_more_is_seldom_supported",
+    ),
+    "a merge casts where it should copy": (
+        "merging/plan.py", "if alpha == 0.0 and start.dtype == end.dtype:", "if False:",
+        "test_merge.py::test_a_not_a_number_keeps_its_bits_at_the_ends",
+    ),
+    "a merge keeps every tensor": (
+        "merging/output.py", "for key in order:\n            _append(file, tensor(key))",
+        "for found in [tensor(key) for key in order]:\n            _append(file, found)",
+        "test_merge.py::test_a_pair_of_tensors_is_held_at_a_time_and_no_file_stays_mapped[safetensors]",
+    ),
+    "a merge that failed leaves its scratch": (
+        "merging/output.py", "    finally:\n        _remove(beside)", "    finally:\n        pass",
+        "test_merge_refusals.py::test_an_error_on_the_way_leaves_the_old_merge_as_it_was",
+    ),
+    "a merge is written in its place": (
+        "merging/output.py", 'target.with_name(f"{target.name}.{os.getpid()}.part")', "target",
+        "test_merge_refusals.py::test_a_killed_merge_leaves_a_whole_checkpoint_or_none[False]",
+    ),
+    "bounds are added like standard errors": (
+        "comparison.py", 'one + other if "lambda" in measure else', "",
+        "test_comparison.py::test_errors_of_means_add_in_squares_and_bounds_of_eigenvalues_add",
     ),
 }  # fmt: skip
 

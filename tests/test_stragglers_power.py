@@ -39,11 +39,6 @@ def test_a_rescaled_pair_computes_the_same_and_its_sharpness_follows_the_square_
     assert ratio.iloc[[0, 1, 4, 5, 6]].tolist() == pytest.approx([1.0] * 5, rel=0.3)
 
 
-def test_an_intact_model_has_no_layer_whose_return_to_itself_helps(plants):
-    data, model = plants.task(0), plants.network(0)
-    assert set(plants.interventions(model, model, data, 0).values()) == {0.0}
-
-
 def test_the_published_rates_are_those_the_issue_asks_for():
     found = json.loads((BENCHMARKS / "results" / "stragglers-power.json").read_text())
     assert found["trials"] == 50

@@ -17,9 +17,12 @@ from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.folders import class_folders
+from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
-from sharpscope.models import ClipModel, load, read_templates
+from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
+from sharpscope.optim.activity import read_audit
 from sharpscope.plan import Plan, alphas_from, prepare
+from sharpscope.precision import deterministic_algorithms
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
@@ -31,8 +34,8 @@ from sharpscope.webdataset import archive_templates
 class Material:
     """What the references of the settings stand for."""
 
-    zero_shot: ClipModel
-    fine_tuned: ClipModel
+    zero_shot: ClipModel | LogitsModel
+    fine_tuned: ClipModel | LogitsModel
     id: Split
     ood: dict[str, Split]
     sharpness_on: Split | None
@@ -42,9 +45,11 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     """Return models and data, read as the settings say; all images are preprocessed as the zero-shot model wants."""
     templates = _templates(chosen)
     id_names, names = _classnames(chosen)
-    zero_shot = load(chosen.zero_shot, templates=templates)
+    zero_shot, fine_tuned = load_pair(
+        chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
+    )
     read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
-    id_split = read(chosen.id, name="id", classnames=id_names)
+    id_split = read(chosen.id, name="id", classnames=id_names, classes=getattr(zero_shot, "classes", None))
 
     def read_other(place: str, name: str) -> Split:
         own = names if is_folder(place) else None
@@ -52,7 +57,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
 
     return Material(
         zero_shot=zero_shot,
-        fine_tuned=load(chosen.fine_tuned, templates=templates),
+        fine_tuned=fine_tuned,
         id=id_split,
         ood={name: read_other(place, name) for name, place in chosen.ood.items()},
         sharpness_on=read_other(chosen.sharpness_on, "sharpness") if chosen.sharpness_on else None,
@@ -112,7 +117,8 @@ def plan_line(chosen: Settings) -> str:
         None,
         chosen.device,
     )
-    return job.describe(plan, 0)
+    moves = interventions_from(chosen.interventions, chosen.intervention_limit, job, plan)
+    return "\n".join([job.describe(plan, 0), *([moves.describe(job)] if moves else [])])
 
 
 @contextmanager
@@ -138,6 +144,9 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         limit=chosen.limit,
         batch_size=chosen.batch_size,
         granularity=chosen.granularity,
+        interventions=chosen.interventions,
+        intervention_limit=chosen.intervention_limit,
+        recipes=chosen.recipes,
         seed=chosen.seed,
         out=chosen.out,
         fresh=fresh,
@@ -146,7 +155,9 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
     )
 
 
-def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = None) -> ScanResult:
+def measure(
+    chosen: Settings, *, fresh: bool = False, progress: bool | None = None, audit: str | None = None
+) -> ScanResult:
     """Return the scan of the settings and write it to ``out``: its cells as they finish, then page and settings.
 
     Parameters
@@ -157,9 +168,13 @@ def measure(chosen: Settings, *, fresh: bool = False, progress: bool | None = No
         Discard what ``out`` holds; else a scan found there is resumed.
     progress
         See :func:`sharpscope.scan`.
+    audit
+        Log of an SPD training, shown in the page; None: ``spd.jsonl`` in ``out``, if there is one.
     """
-    with _threads(chosen.threads):
+    if audit is not None:
+        read_audit(audit)  # before hours of measuring
+    with _threads(chosen.threads), deterministic_algorithms(chosen.deterministic):
         result = _scanned(chosen, material(chosen, progress=progress), fresh, progress)
     write_config(chosen, chosen.out)
-    write(result, Path(chosen.out))
+    write(result, Path(chosen.out), audit=audit)
     return result

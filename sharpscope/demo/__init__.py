@@ -18,6 +18,7 @@ ASSETS = Path(str(files(__name__) / "assets"))
 ID, SHARPNESS = "id", "train"  # sets of the archive that are not OOD
 ALPHAS = 11
 IMAGES = 72  # that sharpness is measured on: two of each class
+MOVED = 96  # images of each set that moves of single layers are judged on
 TOLERANCE = 3.0  # times the usual target errors: standard errors of 15 % show on every curve, in a ninth of the time
 THREADS = 1  # tensors this small gain nothing from a second thread, and lose where others use the machine too
 _MARK = ".archive"  # in an unpacked folder: the hash of its archive
@@ -75,6 +76,8 @@ def settings(out: str | Path, kind: Kind = "success") -> Settings:
         threads=THREADS,
         alphas=ALPHAS,
         limit=IMAGES,
+        interventions=True,
+        intervention_limit=MOVED,
         out=str(out),
     )
 

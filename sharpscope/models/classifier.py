@@ -1,96 +1,111 @@
-"""The image tower of a CLIP with a zero-shot head on it."""
+"""The image tower of a CLIP with a head of one row per class on it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sharpscope.errors import DataError, UsageError
+from sharpscope.errors import DataError
 
-_TEXTS = 256  # encoded at once
+ImageFeatures = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows (classes, width) that features are multiplied with, in units of the logit scale, and an additive bias.
+
+    The rows of a zero-shot head have length 1; those of a fine-tuned head need not.
+    """
+
+    rows: Tensor
+    bias: Tensor | None = None
+
+    def with_bias(self) -> Head:
+        """Return the same head with a bias, zero if it had none."""
+        return self if self.bias is not None else Head(self.rows, self.rows.new_zeros(len(self.rows)))
 
 
 class ImageClassifier(nn.Module):
     """Logits ``exp(logit_scale) * cos(image, class)`` of a CLIP's image tower.
 
-    Parameters carry the names they have in the CLIP (``vision_model.*``, ``visual_projection.weight``), and
-    ``head.weight`` of shape (classes, width). The text tower is no part of it. ``logit_scale`` is a buffer in the
+    Parameters carry the names they have in the CLIP (``vision_model.*``, ``visual_projection.weight``; ``visual.*``),
+    and ``head.weight`` of shape (classes, width). The text tower is no part of it. ``logit_scale`` is a buffer in the
     units of the CLIP's own, not a parameter: a scale that moved along the path would multiply every curvature by
     its square.
 
     Parameters
     ----------
-    network
-        The ``CLIPModel``; its image tower is shared, not copied.
+    towers
+        The modules of the image side by their names in the CLIP; shared, not copied.
+    features
+        Function of this module and images (n, 3, height, width) that returns image features (n, width).
     head
-        Unit vectors, one per class.
+        One row per class.
     logit_scale
         Scalar.
+    size
+        Height and width of the images.
+    logit_bias
+        Scalar added to every logit (SigLIP).
     """
 
     logit_scale: Tensor
+    logit_bias: Tensor | None
 
-    def __init__(self, network: Any, head: Tensor, logit_scale: Tensor) -> None:
+    def __init__(
+        self,
+        towers: Mapping[str, nn.Module],
+        features: ImageFeatures,
+        head: Head,
+        logit_scale: Tensor,
+        size: tuple[int, int],
+        *,
+        logit_bias: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.vision_model = network.vision_model
-        self.visual_projection = network.visual_projection
-        self.head = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
-        self.head.weight = nn.Parameter(head)
+        for name, tower in towers.items():
+            self.add_module(name, tower)
+        classes, width = head.rows.shape
+        self.head = nn.Linear(width, classes, bias=head.bias is not None, device="meta")
+        self.head.weight = nn.Parameter(head.rows)
+        if head.bias is not None:
+            self.head.bias = nn.Parameter(head.bias)
         self.register_buffer("logit_scale", logit_scale.detach().clone())
-        self._side = int(network.config.vision_config.image_size)
+        self.register_buffer("logit_bias", None if logit_bias is None else logit_bias.detach().clone())
+        self._features = features
+        self._size = size
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return logits (n, classes) of images (n, 3, side, side)."""
-        if pixel_values.shape[1:] != (3, self._side, self._side):
+        """Return logits (n, classes) of images (n, 3, height, width)."""
+        if pixel_values.shape[1:] != (3, *self._size):
             raise DataError(
-                f"the images are {tuple(pixel_values.shape[1:])}, the model takes (3, {self._side}, {self._side})",
+                f"the images are {tuple(pixel_values.shape[1:])}, the model takes {(3, *self._size)}",
                 "sharpscope.folder(path, model) applies the model's own preprocessing",
             )
-        features = self.visual_projection(self.vision_model(pixel_values).pooler_output)
-        logits: Tensor = self.head(normalize(features, dim=-1))
-        return self.logit_scale.exp() * logits
+        logits: Tensor = self.logit_scale.exp() * self.head(normalize(self._features(self, pixel_values), dim=-1))
+        return logits if self.logit_bias is None else logits + self.logit_bias
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
-    """Return padded token ids and their mask.
+def mean_direction(features: Tensor, classes: int) -> Tensor:
+    """Return one unit vector per class, (classes, width), of text features (classes * templates, width).
 
-    Raises
-    ------
-    UsageError
-        If a text is longer than the text tower reads, or holds characters outside the vocabulary: CLIP's unknown
-        token is its end token, at which the tower stops reading.
+    Every feature is normalised; their mean over templates is normalised again (WiSE-FT, arXiv 2109.01903).
     """
-    found = tokenizer(list(texts), padding=True, return_tensors="pt")
-    ids, mask = found["input_ids"], found["attention_mask"]
-    for text, row, used in zip(texts, ids, mask.sum(dim=1).tolist(), strict=True):
-        if used > longest:
-            raise UsageError(f"{text!r} has {used} tokens, the text tower reads {longest}", "shorten it")
-        if tokenizer.unk_token_id in row[1 : used - 1].tolist():
-            raise UsageError(
-                f"{text!r} holds characters that the model's tokenizer does not know",
-                "other class names or templates; check upper case, accents and punctuation",
-            )
-    return {"input_ids": ids, "attention_mask": mask}
+    by_class = normalize(features, dim=-1).reshape(classes, -1, features.shape[-1])
+    found: Tensor = normalize(by_class.mean(dim=1), dim=-1)
+    return found
 
 
-@torch.no_grad()
-def zero_shot_head(network: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return one unit vector per class, (classes, width).
+def fixed_head(weight: Tensor, bias: Tensor | None, logit_scale: Tensor) -> Head:
+    """Return a head stored with its scale in it, as WiSE-FT does, in units of the scale.
 
-    Per class every template is encoded and normalised; their mean is normalised again (WiSE-FT, arXiv 2109.01903).
+    ``normalize(x) @ weight.T + bias == exp(scale) * (normalize(x) @ rows.T + bias / exp(scale))``.
     """
-    texts = [template.replace("{}", name) for name in classes for template in templates]
-    longest = network.config.text_config.max_position_embeddings
-    parts = []
-    for start in range(0, len(texts), _TEXTS):
-        inputs = token_ids(tokenizer, texts[start : start + _TEXTS], longest)
-        found = network.get_text_features(**inputs)
-        features = getattr(found, "pooler_output", found)  # an object since transformers 5, a tensor before
-        parts.append(normalize(features, dim=-1))
-    by_class: Tensor = torch.cat(parts).reshape(len(classes), len(templates), -1)
-    return normalize(by_class.mean(dim=1), dim=-1)
+    scale = logit_scale.detach().exp()
+    kept = None if bias is None or not bool(torch.any(bias)) else bias.float() / scale
+    return Head(weight.float() / scale, kept)

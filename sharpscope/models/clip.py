@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from sharpscope.errors import UsageError
-from sharpscope.models import checkpoint
-from sharpscope.models.classifier import ImageClassifier, zero_shot_head
-from sharpscope.models.templates import DEFAULT, checked_templates
+from sharpscope.errors import DataError, UsageError
+from sharpscope.models.classifier import Head, ImageClassifier, fixed_head, mean_direction
+from sharpscope.models.conversion import CONVERSIONS
+from sharpscope.models.library import ClipLibrary
+from sharpscope.models.openclip import OpenClip, as_own
+from sharpscope.models.tensors import Renamed, stored_head, without_head
+from sharpscope.models.transfer import (
+    check_same_library,
+    library_of,
+    load_into,
+    lone_tower,
+    may_be_absent,
+    of_tower,
+    own_names,
+    prefixed,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_TEXTS = 256  # encoded at once
 
 
 class ClipModel:
@@ -26,30 +40,81 @@ class ClipModel:
     ----------
     name
         The reference it was loaded by.
+    library
+        The CLIP as its library knows it; see :class:`sharpscope.models.library.ClipLibrary`.
     network
-        The ``transformers.CLIPModel``, float32, in evaluation mode.
+        The ``transformers.CLIPModel``, ``open_clip.CLIP`` etc., float32, in evaluation mode.
     templates
         Sentences that class names are put into.
+    where
+        The directory or file that the weights were read from, None if that is a name.
+    stored_head
+        Weight and bias of a head that the checkpoint brings along (WiSE-FT), scale included.
+    notes
+        What a result must say about the model.
     """
 
-    def __init__(self, name: str, where: str, network: Any, templates: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        library: ClipLibrary,
+        templates: tuple[str, ...],
+        *,
+        where: Path | None = None,
+        stored_head: tuple[Tensor, Tensor | None] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.name = name
-        self.network = network
+        self.library = library
         self.templates = templates
-        self._where = where
+        self.where = where
+        self.stored_head = stored_head
+        self.notes = notes
 
-    @cached_property
+    @property
+    def network(self) -> Any:
+        """The module of the library that holds both towers."""
+        return self.library.network
+
+    @property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers; ``ModelError`` if the checkpoint has none."""
-        return checkpoint.read_tokenizer(self._where)
+        """The library's tokenizer; ``ModelError`` if the checkpoint has none."""
+        return self.library.tokenizer  # type: ignore[attr-defined]
 
-    @cached_property
+    @property
     def image_processor(self) -> Any:
-        """The image processor of transformers, the one without torchvision; ``ModelError`` if there is none."""
-        return checkpoint.read_image_processor(self._where)
+        """The library's image preprocessing; ``ModelError`` if the checkpoint has none."""
+        return self.library.image_processor  # type: ignore[attr-defined]
 
-    def classifier(self, classes: Sequence[str], *, like: ClipModel | None = None) -> ImageClassifier:
-        """Return the image tower with a zero-shot head of these classes; its weights are shared with this model.
+    def preprocess(self, image: Image) -> Tensor:
+        """Return the image as the model takes it, (3, height, width) float32."""
+        return self.library.preprocess(image)
+
+    def head(self, classes: Sequence[str], words: ClipModel) -> Head:
+        """Return one row per class: the head stored with the checkpoint, or a zero-shot head.
+
+        Parameters
+        ----------
+        classes
+            Words that go into the templates, in the order of the logits.
+        words
+            The model whose tokenizer, templates and logit scale are taken.
+        """
+        if not classes or isinstance(classes, str):
+            raise UsageError(f"classes={classes!r}: needs a list of class names", "e.g. ['cat', 'dog']")
+        if self.stored_head is None:
+            return zero_shot_head(self.library, words.library, classes, words.templates)
+        if len(self.stored_head[0]) != len(classes):
+            raise DataError(
+                f"the head in {self.name} has {len(self.stored_head[0])} classes, the data {len(classes)}",
+                "data with the classes that it was trained on, in their order",
+            )
+        return fixed_head(*self.stored_head, words.network.logit_scale)
+
+    def classifier(
+        self, classes: Sequence[str], *, like: ClipModel | None = None, head: Head | None = None
+    ) -> ImageClassifier:
+        """Return the image tower with a head of these classes; its weights are shared with this model.
 
         Parameters
         ----------
@@ -57,47 +122,74 @@ class ClipModel:
             Words that go into the templates, in the order of the logits.
         like
             A model whose tokenizer, templates and logit scale are taken instead of its own: the other end of a path.
+        head
+            Default: see :meth:`head`.
         """
-        if not classes or isinstance(classes, str):
-            raise UsageError(f"classes={classes!r}: needs a list of class names", "e.g. ['cat', 'dog']")
         words = like or self
-        head = zero_shot_head(self.network, words.tokenizer, classes, words.templates)
-        return ImageClassifier(self.network, head, words.network.logit_scale)
+        rows = head or self.head(classes, words)
+        return ImageClassifier(
+            {name: getattr(self.network, name) for name in self.library.towers},
+            self.library.image_features,
+            rows,
+            words.network.logit_scale,
+            self.library.size,
+            logit_bias=None if self.stored_head else getattr(words.network, "logit_bias", None),
+        )
 
-    def preprocess(self, image: Image) -> Tensor:
-        """Return the image as the model takes it, (3, height, width) float32."""
-        found = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
-        return torch.as_tensor(found)[0]
+    def with_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], *, where: Path | None = None, convert: bool = False
+    ) -> ClipModel:
+        """Return a copy of this model with other weights: those of a file, or of a model of the other library.
+
+        One tower without the other is taken, with or without its prefix; the other tower is then this model's.
+
+        Raises
+        ------
+        MismatchError
+            If they are of another architecture, or of the other library and ``convert`` is not set.
+        ModelError
+            If they are incomplete, or not finite.
+        """
+        head, bare = stored_head(tensors), cast(Mapping[str, Tensor], without_head(tensors))
+        own = self.network.state_dict()
+        if convert and library_of(bare)[0] not in ("", self.library.name):
+            bare = CONVERSIONS[self.library.name](Renamed(bare, prefixed(bare)))
+        check_same_library(own, bare, (self.name, name))
+        if isinstance(self.library, OpenClip):
+            bare = as_own(bare, self.network)
+        names = own_names(own, bare)
+        notes: tuple[str, ...] = ()
+        if (tower := lone_tower(names)) is not None:
+            names = {own_name: names[own_name] for own_name in of_tower(names, tower)}
+            notes = (f"{name} holds one tower only, {tower}; the rest is that of {self.name}",)
+        library = copy(self.library)
+        library.network = deepcopy(self.network)
+        optional = may_be_absent(own, tower)
+        load_into(library.network, Renamed(bare, names), where or name, optional=optional)
+        return ClipModel(name, library, self.templates, where=where, stored_head=head, notes=notes)
 
     def __repr__(self) -> str:
-        vision = self.network.config.vision_config
         size = sum(tensor.numel() for tensor in self.network.parameters())
+        height, width = self.library.size
         return (
-            f"CLIP {self.name}: {size:,} weights, {vision.num_hidden_layers} vision blocks, "
-            f"{vision.image_size} pixels, {len(self.templates)} templates"
+            f"CLIP {self.name} ({self.library.name}): {size:,} weights, {height} x {width} pixels, "
+            f"{len(self.templates)} templates"
         )
 
 
-def load(ref: str | Path, *, templates: Iterable[str] | None = None) -> ClipModel:
-    """Return the CLIP that a reference means, ready for :func:`sharpscope.scan` and :func:`sharpscope.folder`.
+@torch.no_grad()
+def zero_shot_head(clip: ClipLibrary, words: ClipLibrary, classes: Sequence[str], templates: Sequence[str]) -> Head:
+    """Return one unit vector per class; see :func:`sharpscope.models.classifier.mean_direction`.
 
     Parameters
     ----------
-    ref
-        A directory as ``CLIPModel.save_pretrained`` writes it, with the files of tokenizer and image processor, or
-        a hub id such as ``openai/clip-vit-base-patch32``; either may be preceded by ``hf:``.
-    templates
-        Sentences with ``{}`` for the class name; default ``"a photo of a {}."``.
-
-    Raises
-    ------
-    ModelError
-        If the checkpoint is damaged, incomplete, not a CLIP, or pickled code; nothing of it is executed.
-    UsageError
-        If nothing is there, a template has no place for the class name, or transformers is not installed.
+    clip
+        Whose text tower is read.
+    words
+        Whose tokenizer is used.
+    classes, templates
+        Every class is put into every template.
     """
-    sentences = checked_templates(DEFAULT if templates is None else templates)
-    checkpoint.transformers()
-    where = checkpoint.source(ref)
-    checkpoint.read_config(where)
-    return ClipModel(str(ref), where, checkpoint.read_model(where), sentences)
+    texts = [template.replace("{}", name) for name in classes for template in templates]
+    parts = [clip.text_features(words.tokens(texts[at : at + _TEXTS])) for at in range(0, len(texts), _TEXTS)]
+    return Head(mean_direction(torch.cat(parts), len(classes)))

@@ -1,88 +1,57 @@
-"""Whether two CLIPs belong to one path, beyond the shapes of their tensors."""
+"""Whether two models belong to one path, beyond the shapes of their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sharpscope.errors import MismatchError, ModelError
+from torch import nn
+
+from sharpscope.errors import DataError, MismatchError
+from sharpscope.models.classification import LogitsModel
 from sharpscope.models.classifier import ImageClassifier
 from sharpscope.models.clip import ClipModel
+from sharpscope.models.library import module_facts
+from sharpscope.models.loading import Model, WeightsOnly
+from sharpscope.models.transfer import check_same_library
 
-# What changes the function without changing a shape comes first; two of these load silently into each other.
-_TOWER = (
-    "hidden_act",
-    "num_attention_heads",
-    "layer_norm_eps",
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-)
-_VISION = ("image_size", "patch_size")
-_IMAGES = (
-    "image_mean",
-    "image_std",
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "do_convert_rgb",
-)
 _FIX = "a checkpoint and its fine-tuned self, saved with the same configuration"
+Difference = tuple[str, Any, Any]
 
 
-def _architecture(model: ClipModel) -> dict[str, Any]:
-    config = model.network.config
-    found = {"projection_dim": config.projection_dim}
-    for tower in ("vision_config", "text_config"):
-        part = getattr(config, tower)
-        names = _TOWER + (_VISION if tower == "vision_config" else ())
-        found |= {f"{tower}.{name}": getattr(part, name) for name in names}
-    return found
+def _unequal(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> Iterator[Difference]:
+    if first is None or second is None:  # a fine-tuned model may lack tokenizer and preprocessing files
+        return
+    yield from ((name, value, second[name]) for name, value in first.items() if value != second.get(name, value))
 
 
-def _preprocessing(model: ClipModel) -> dict[str, Any] | None:
-    """Return the settings in a form that compares across versions, None if the checkpoint has none."""
-    try:
-        stored = model.image_processor.to_dict()
-    except ModelError:
-        return None
-    return {name: _plain(stored.get(name)) for name in _IMAGES}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):  # {"height": 224, "width": 224}; other sides are None in some versions
-        return {key: side for key, side in sorted(value.items()) if side is not None}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _vocabulary(model: ClipModel) -> dict[str, int] | None:
-    try:
-        found: dict[str, int] = model.tokenizer.get_vocab()
-    except ModelError:
-        return None
-    return found
-
-
-def _differences(a: ClipModel, b: ClipModel) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name and both values of what differs; a fine-tuned model may lack tokenizer and preprocessing files."""
-    pairs = [(_architecture(a), _architecture(b)), (_preprocessing(a), _preprocessing(b))]
-    for first, second in pairs:
-        if first is None or second is None:
-            continue
-        yield from ((name, value, second[name]) for name, value in first.items() if value != second[name])
-    words, others = _vocabulary(a), _vocabulary(b)
+def _differences(a: Model, b: Model) -> Iterator[Difference]:
+    """Yield name and both values of what differs."""
+    if not isinstance(a, ClipModel) or not isinstance(b, ClipModel):
+        assert isinstance(a, LogitsModel)
+        assert isinstance(b, LogitsModel)
+        yield from _unequal(a.architecture(), b.architecture())
+        yield from _unequal(a.preprocessing(), b.preprocessing())
+        if a.classes and b.classes and a.classes != b.classes:
+            yield "the list of classes", f"{len(a.classes)} names", f"{len(b.classes)} others"
+        return
+    yield from _unequal(a.library.architecture(), b.library.architecture())
+    yield from _unequal(a.library.preprocessing(), b.library.preprocessing())
+    words, others = a.library.vocabulary(), b.library.vocabulary()
     if words is not None and others is not None and words != others:
         yield "the tokenizer's vocabulary", f"{len(words)} tokens", f"{len(others)} tokens"
     if a.templates != b.templates:
         yield "templates", list(a.templates), list(b.templates)
 
 
-def check_compatible(zero_shot: ClipModel, fine_tuned: ClipModel) -> None:
+def _raise_first(found: list[Difference], names: tuple[str, str]) -> None:
+    if found:
+        name, first, second = found[0]
+        others = f" ({len(found)} settings differ)" if len(found) > 1 else ""
+        raise MismatchError(f"{name} is {first!r} in {names[0]} but {second!r} in {names[1]}{others}", _FIX)
+
+
+def check_compatible(zero_shot: Model, fine_tuned: Model) -> None:
     """Raise if the two differ in anything that decides what their weights mean.
 
     Activation, heads, image size, preprocessing and vocabulary are compared: they change the function, not the
@@ -91,37 +60,87 @@ def check_compatible(zero_shot: ClipModel, fine_tuned: ClipModel) -> None:
     Raises
     ------
     MismatchError
+        Naming the first setting that differs and both values, or both libraries if they name tensors differently.
+    """
+    if isinstance(zero_shot, ClipModel) != isinstance(fine_tuned, ClipModel):
+        kinds = ("a CLIP", "a classifier with its own head")
+        a, b = kinds if isinstance(zero_shot, ClipModel) else kinds[::-1]
+        raise MismatchError(f"{zero_shot.name} is {a}, {fine_tuned.name} is {b}", _FIX)
+    check_same_library(zero_shot.network.state_dict(), fine_tuned.network.state_dict(), ("zero-shot", "fine-tuned"))
+    _raise_first(list(_differences(zero_shot, fine_tuned)), (zero_shot.name, fine_tuned.name))
+
+
+def check_same_function(zero_shot: ClipModel, fine_tuned: ClipModel) -> None:
+    """Raise if two CLIPs of different libraries differ in activation, heads, epsilons or image size.
+
+    Raises
+    ------
+    MismatchError
         Naming the first setting that differs and both values.
     """
-    found = list(_differences(zero_shot, fine_tuned))
-    if found:
-        name, first, second = found[0]
-        others = f" ({len(found)} settings differ)" if len(found) > 1 else ""
-        raise MismatchError(
-            f"{name} is {first!r} in {zero_shot.name} but {second!r} in {fine_tuned.name}{others}", _FIX
-        )
+    a, b = ({**module_facts(m.network), "image size": m.library.size} for m in (zero_shot, fine_tuned))
+    means = [_normalisation(model) for model in (zero_shot, fine_tuned)]
+    found = [*_unequal(a, b), *_unequal(*means)]
+    _raise_first(found, (zero_shot.name, fine_tuned.name))
 
 
-def pair(
-    zero_shot: ClipModel, fine_tuned: ClipModel, classes: Sequence[str]
-) -> tuple[ImageClassifier, ImageClassifier, list[str]]:
+def _normalisation(model: ClipModel) -> Mapping[str, Any] | None:
+    stored = model.library.preprocessing()
+    if stored is None:
+        return None
+    return {name: [round(x, 4) for x in stored[name]] for name in ("image_mean", "image_std") if stored.get(name)}
+
+
+def _resolved(zero_shot: Any, fine_tuned: Any) -> tuple[Model, Model]:
+    """Return two whole models: weights alone take the architecture of the other end."""
+    if isinstance(zero_shot, WeightsOnly):
+        return zero_shot.like(fine_tuned), fine_tuned
+    return zero_shot, fine_tuned.like(zero_shot) if isinstance(fine_tuned, WeightsOnly) else fine_tuned
+
+
+def pair(zero_shot: Any, fine_tuned: Any, classes: Sequence[str] | None) -> tuple[nn.Module, nn.Module, list[str]]:
     """Return both ends of a path as classifiers with one frozen logit scale, and what a result must say about it.
 
-    The scale is the zero-shot model's, as are tokenizer and templates. Each head comes from its own text tower, and
-    between the ends the heads themselves are interpolated, not the text towers.
+    The scale is the zero-shot model's, as are tokenizer and templates. Each head comes from its own text tower or from
+    its own file, and between the ends the heads themselves are interpolated, not the text towers.
 
     Raises
     ------
     MismatchError
         See :func:`check_compatible`.
+    DataError
+        If a CLIP has no class names to make its head from, or a head has other classes than the data.
     """
-    check_compatible(zero_shot, fine_tuned)
-    start, end = zero_shot.classifier(classes), fine_tuned.classifier(classes, like=zero_shot)
-    own, taken = (float(model.network.logit_scale.detach().exp()) for model in (fine_tuned, zero_shot))
-    notes = []
-    if own != taken:
-        notes.append(
-            f"the logit scale is {taken:.4g} in the zero-shot and {own:.4g} in the fine-tuned model; "
-            f"{taken:.4g} is used along the whole path, as curvature grows with its square"
+    start, end = _resolved(zero_shot, fine_tuned)
+    check_compatible(start, end)
+    notes = [*start.notes, *end.notes]
+    if isinstance(start, LogitsModel) and isinstance(end, LogitsModel):
+        return start.classifier(classes), end.classifier(classes), notes
+    assert isinstance(start, ClipModel)
+    assert isinstance(end, ClipModel)
+    if classes is None:
+        raise DataError(
+            f"{start.name} is a CLIP and needs class names for its head, the ID data has none",
+            "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
         )
-    return start, end, notes
+    return (*_classifiers(start, end, classes), [*notes, *_scale_notes(start, end)])
+
+
+def _classifiers(start: ClipModel, end: ClipModel, classes: Sequence[str]) -> tuple[ImageClassifier, ImageClassifier]:
+    heads = [model.head(classes, start) for model in (start, end)]
+    if any(head.bias is not None for head in heads):
+        heads = [head.with_bias() for head in heads]
+    first, second = start.classifier(classes, head=heads[0]), end.classifier(classes, like=start, head=heads[1])
+    if first.logit_bias is None or second.logit_bias is None:
+        first.logit_bias = second.logit_bias = None  # one number for all classes: no probability changes
+    return first, second
+
+
+def _scale_notes(start: ClipModel, end: ClipModel) -> list[str]:
+    own, taken = (float(model.network.logit_scale.detach().exp()) for model in (end, start))
+    if own == taken:
+        return []
+    return [
+        f"the logit scale is {taken:.4g} in the zero-shot and {own:.4g} in the fine-tuned model; "
+        f"{taken:.4g} is used along the whole path, as curvature grows with its square"
+    ]

@@ -15,11 +15,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from sharpscope.errors import UsageError
-from sharpscope.report.words import alpha_text
+from sharpscope.report.words import alpha_text, layer_name, shortened
 
 INK = "#1b1f24"
 MUTED = "#5b6470"
@@ -135,6 +136,34 @@ def alpha_axis(ax: Axes, alphas: Sequence[float], places: Sequence[float] | None
     labels = [words.get(alphas[i], alpha_text(alphas[i])) for i in kept]
     ax.set_xticks([(places or alphas)[i] for i in kept], labels)
     ax.set_xlabel("alpha, from 0 (zero-shot) to 1 (fine-tuned)")
+
+
+def place_in(layer: str, order: Sequence[str], part: str) -> str | None:
+    """Return the id that ties a drawn element to a layer: the page highlights all of one number together."""
+    return f"layer-{order.index(layer)}-{part}" if layer in order else None
+
+
+def layer_axis(
+    ax: Axes, layers: Sequence[str], order: Sequence[str], *, names: Sequence[str] | None = None, longest: int = 40
+) -> None:
+    """Give each layer a row from the top with its name; name and row can be picked in the page."""
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    ax.set_yticks(range(len(layers)), [shortened(layer_name(name), longest) for name in names or layers])
+    labels = ax.get_yticklabels()
+    literal(labels)
+    for layer, label in zip(layers, labels, strict=True):
+        label.set_gid(place_in(layer, order, "label"))
+
+
+def layer_rows(ax: Axes, layers: Sequence[str], order: Sequence[str]) -> None:
+    """Lay an unseen frame over each layer's row, as wide as the axis is now."""
+    left, right = ax.get_xlim()
+    for row, layer in enumerate(layers):
+        if layer in order:
+            size = (right - left, 1)
+            frame = Rectangle((left, row - 0.5), *size, facecolor="none", edgecolor="none", zorder=5, clip_on=False)
+            frame.set_gid(place_in(layer, order, "row"))
+            ax.add_patch(frame)
 
 
 def number_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -91,10 +91,11 @@ class Grid:
 
     @property
     def relative(self) -> Array:
-        """Standard error per absolute value; infinite for a value of 0 or an unknown error, NaN if not measured."""
+        """Standard error per absolute value; infinite for an inexact 0 or an unknown error, NaN if not measured."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = self.stderr / np.abs(self.value)
-        return np.asarray(np.where(self.measured & (self.value == 0), np.inf, ratio))
+        empty = self.measured & (self.value == 0)  # exact (a layer that did not move) or without any scale
+        return np.asarray(np.where(empty, np.where(self.stderr == 0, 0.0, np.inf), ratio))
 
     @property
     def unsure(self) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections import Counter
 from html import escape
 from typing import Any
 
@@ -21,6 +22,7 @@ _TAG = re.compile(r"<[^<>]+>")  # matplotlib escapes both signs in texts and att
 _LAYER = re.compile(r'\bid="layer-(\d+)-[^"]*"')
 _ID = re.compile(r'\s+id="([^"]*)"')
 _REFERENCE = re.compile(r'(?:href="|url\()#([^")]+)')
+_STYLE = re.compile(r' style="([^"]*)"')
 _IDLE = re.compile(r' transform="rotate\(-0 [^"]*"')
 _BETWEEN = re.compile(r">\s+<")
 _EMPTY = re.compile(r"<g\s*/>|<g></g>")
@@ -51,8 +53,20 @@ def inlined(document: str, prefix: str, label: str) -> str:
     assert box is not None, "matplotlib always writes a view box"
     used = set(_REFERENCE.findall(body))
     inner = _TAG.sub(lambda tag: _tag(tag.group(), prefix, used), body[body.index(">") + 1 :])
-    inner = _EMPTY.sub("", _BETWEEN.sub("><", inner))
+    inner = _with_classes(_EMPTY.sub("", _BETWEEN.sub("><", inner)), prefix)
     return f'<svg class="drawing" viewBox="{box.group(1)}" role="img" aria-label="{escape(label)}">{inner}'
+
+
+def _with_classes(inner: str, prefix: str) -> str:
+    """Return the drawing with each style that occurs twice or more written once, as a class."""
+    found = Counter(style for tag in _TAG.findall(inner) for style in _STYLE.findall(tag))
+    names = {style: f"{prefix}-{i}" for i, style in enumerate(s for s, times in found.items() if times > 1)}
+
+    def named(style: re.Match[str]) -> str:
+        return f' class="{names[style.group(1)]}"' if style.group(1) in names else style.group()
+
+    rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
+    return f"<style>{rules}</style>{_TAG.sub(lambda tag: _STYLE.sub(named, tag.group()), inner)}"
 
 
 def _tag(tag: str, prefix: str, used: set[str]) -> str:

@@ -20,15 +20,17 @@ from sharpscope.report.canvas import (
     SHAPES,
     Look,
     Panels,
+    layer_axis,
     literal,
     number_ticks,
     panels,
+    place_in,
     styled,
 )
 from sharpscope.report.curves import LIMIT, Grid, layer_grid
 from sharpscope.report.words import alpha_text, layer_name, measure_name, percent, shortened, titled
 from sharpscope.result import ScanResult
-from sharpscope.table import Array, cell_key
+from sharpscope.table import Array, cell_key, reach
 
 WORST = 3
 FLOOR = 1e-3  # relative errors below 0.1 % share the left edge
@@ -39,14 +41,14 @@ POINTS = 120  # a running line is thinned to about so many points
 
 @dataclass(frozen=True)
 class Run:
-    """The estimate of one layer at one alpha after each draw, with its standard error (NaN for Ritz values)."""
+    """The estimate of one layer at one alpha after each draw; ``reach`` is half its 95 % interval (NaN: none)."""
 
     layer: str
     alpha: float
     error: float
     draws: Array
     estimate: Array
-    stderr: Array
+    reach: Array
 
 
 def is_ritz(measure: str) -> bool:
@@ -84,13 +86,14 @@ def _runs(result: ScanResult, grid: Grid) -> Iterator[Run]:
         if samples is not None and samples.ndim == 1 and len(samples):
             estimate, stderr = running(np.asarray(samples, dtype=float), is_ritz(grid.measure))
             kept = np.unique(np.linspace(0, len(estimate) - 1, POINTS).round().astype(int))
-            yield Run(layer, alpha, error, kept + 1, estimate[kept], stderr[kept])
+            reached = [reach(grid.measure, float(stderr[i]), int(i) + 1) if i else np.nan for i in kept]
+            yield Run(layer, alpha, error, kept + 1, estimate[kept], np.array(reached))
 
 
 def health_figure(result: ScanResult, measure: str = "trace", *, ax: Sequence[Axes] | None = None) -> Panels:
     """Return two Axes: the running estimate per final estimate of each layer's worst alpha, and every layer's error.
 
-    The three least certain layers are named and have bands of two standard errors; the next ones are thin and grey.
+    The three least certain layers are named and have 95 % bands; the next ones are thin and grey.
     Of a partition with very many layers the least certain are shown. For ``lambda_max`` the running estimate is the
     Ritz value after each Lanczos step.
 
@@ -121,10 +124,6 @@ def _measured(grid: Grid) -> Grid:
     )
 
 
-def _gid(layer: str, order: Sequence[str], part: str) -> str | None:
-    return f"layer-{order.index(layer)}-{part}" if layer in order else None
-
-
 def _draw_run(ax: Axes, run: Run, rank: int, order: Sequence[str]) -> None:
     scale = abs(run.estimate[-1]) or np.abs(run.estimate).max() or 1.0
     named = rank < WORST
@@ -132,12 +131,12 @@ def _draw_run(ax: Axes, run: Run, rank: int, order: Sequence[str]) -> None:
     width, shade = (1.6, 1.0) if named else (0.7, 0.5)
     place = f"{shortened(layer_name(run.layer))} at alpha {alpha_text(run.alpha)}"
     (line,) = ax.plot(run.draws, run.estimate / scale, color=colour, linewidth=width, alpha=shade)
-    line.set_gid(_gid(run.layer, order, "run"))
+    line.set_gid(place_in(run.layer, order, "run"))
     if named:
         end: Look = {"marker": SHAPES[rank], "color": colour}
         end["label"] = f"{place}: relative error {_error_text(run.error)}"
         ax.plot(run.draws[-1:], run.estimate[-1:] / scale, **end)
-        low, high = (run.estimate - 2 * run.stderr) / scale, (run.estimate + 2 * run.stderr) / scale
+        low, high = (run.estimate - run.reach) / scale, (run.estimate + run.reach) / scale
         ax.fill_between(run.draws, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
@@ -160,7 +159,7 @@ def _finish_runs(ax: Axes, runs: Sequence[Run], measure: str) -> None:
 def _legend(ax: Axes, measure: str, *, own: bool) -> None:
     handles, labels = ax.get_legend_handles_labels()
     shared: Look = {"handles": handles[::-1], "labels": labels[::-1], "alignment": "left"}
-    bands = "" if is_ritz(measure) else "; bands are two standard errors"
+    bands = "" if is_ritz(measure) else "; bands: 95 %"
     shared["title"] = f"Least certain layers, each at its worst alpha{bands}"
     if own:
         literal(ax.figure.legend(loc="outside lower left", **shared).get_texts())
@@ -169,7 +168,7 @@ def _legend(ax: Axes, measure: str, *, own: bool) -> None:
 
 
 def _errors(ax: Axes, grid: Grid, worst: Sequence[str], order: Sequence[str]) -> None:
-    ax.set_title("Relative error, a dot an alpha")
+    ax.set_title("Relative error by alpha")
     errors = np.clip(grid.relative, FLOOR, None)
     known = errors[np.isfinite(errors)]
     edge = max(1.0, 2 * float(known.max(initial=0.0)))
@@ -179,15 +178,13 @@ def _errors(ax: Axes, grid: Grid, worst: Sequence[str], order: Sequence[str]) ->
         if len(chosen):  # an empty line that is not clipped would spoil the layout
             places = np.where(np.isinf(chosen), edge, chosen)
             (dots,) = ax.plot(places, np.full(len(chosen), row), clip_on=False, **_dot_look(layer, worst, fine))
-            dots.set_gid(_gid(layer, order, f"dots-{fine}"))
+            dots.set_gid(place_in(layer, order, f"dots-{fine}"))
     ax.axvline(LIMIT, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_xscale("log")
     _percent_ticks(ax, float(known.min(initial=0.1)), edge, unknown=bool(np.isinf(errors).any()))
-    ax.set_yticks(range(len(grid.layers)), [shortened(layer_name(name)) for name in grid.layers])
-    ax.set_ylim(len(grid.layers) - 0.5, -0.5)
-    literal(ax.get_yticklabels())
+    layer_axis(ax, grid.layers, order, longest=30)
     ax.grid(axis="y", color=GRID)
-    ax.set_xlabel("filled: converged, open: not; line: 30 %")
+    ax.set_xlabel("filled: converged; line: 30 %")
 
 
 def _dot_look(layer: str, worst: Sequence[str], converged: bool) -> Look:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
@@ -24,13 +24,14 @@ from sharpscope.report.canvas import (
     Look,
     Panels,
     alpha_axis,
-    literal,
+    layer_axis,
+    layer_rows,
     number_ticks,
     panels,
     styled,
 )
 from sharpscope.report.curves import LIMIT, Grid, heat_grid
-from sharpscope.report.words import layer_name, measure_name, shortened, significant, titled
+from sharpscope.report.words import layer_name, measure_name, significant, titled
 from sharpscope.result import ScanResult
 from sharpscope.table import Array
 
@@ -58,11 +59,10 @@ def heatmap_figure(result: ScanResult, measure: str = "trace", *, ax: Sequence[A
             alpha_axis(panel, grid.alphas, list(map(float, range(len(grid.alphas)))))
             panel.set_xlabel("alpha")
             panel.spines[:].set_visible(False)
-            panel.tick_params(length=0)
-            _rows_to_highlight(panel, result, grid)
-        labels = [shortened(_label(name, result, grid)) for name in grid.layers]
-        first.set_yticks(range(len(grid.layers)), labels)
-        literal(first.get_yticklabels())
+            panel.tick_params(length=0, left=False)
+            layer_rows(panel, grid.layers, list(result.meta["layers"]))
+        names = [_label(name, result, grid) for name in grid.layers]
+        layer_axis(first, grid.layers, list(result.meta["layers"]), names=names)
         _legend(first, grid, own=ax is None)
         return made
 
@@ -154,16 +154,6 @@ def _marks(ax: Axes, missing: Array, not_positive: Array, unsure: Array) -> None
     if not_positive.any():
         rows, columns = np.nonzero(not_positive)
         ax.plot(columns, rows, marker="_", linestyle="none", color=INK, markersize=7, markeredgewidth=1.8, zorder=4)
-
-
-def _rows_to_highlight(ax: Axes, result: ScanResult, grid: Grid) -> None:
-    order = list(result.meta["layers"])
-    for row, layer in enumerate(grid.layers):
-        if layer in order:
-            place = (-0.5, row - 0.5)
-            frame = Rectangle(place, len(grid.alphas), 1, facecolor="none", edgecolor="none", zorder=5, clip_on=False)
-            frame.set_gid(f"layer-{order.index(layer)}-row")
-            ax.add_patch(frame)
 
 
 def _legend(ax: Axes, grid: Grid, *, own: bool) -> None:

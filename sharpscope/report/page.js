@@ -2,11 +2,15 @@
 (() => {
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const one = (selector) => document.querySelector(selector);
-  const onPress = (element, act) => {
-    element.addEventListener("click", act);
-    element.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); act(event); }
-    });
+  // A real button inside the cell: reached by keyboard, announced as one, and the cell stays a cell.
+  const pressable = (cell, act) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "bare";
+    button.append(...cell.childNodes);
+    cell.append(button);
+    cell.addEventListener("click", act);
+    return button;
   };
 
   // Theme: follow the system until the reader chooses. A page opened from disk may have no storage.
@@ -47,8 +51,7 @@
   };
   all("table.sortable").forEach((table) => all("thead th", table).forEach((head) => {
     head.setAttribute("aria-sort", "none");
-    head.tabIndex = 0;
-    onPress(head, () => sort(table, head));
+    pressable(head, () => sort(table, head));
   }));
 
   // Filter the layer table: every word must occur in the row's names.
@@ -73,6 +76,7 @@
     lit = number === lit ? null : number;
     all(".lit").forEach((element) => element.classList.remove("lit"));
     if (lit !== null) all(`[data-layer="${lit}"]`).forEach((element) => element.classList.add("lit"));
+    all(".pick button").forEach((button) => button.setAttribute("aria-pressed", button.closest("tr").dataset.layer === lit));
     note.hidden = lit === null;
     if (lit !== null) note.firstElementChild.textContent = `Highlighted: ${name}`;
   };
@@ -80,8 +84,7 @@
   all("tr[data-layer]").forEach((row) => {
     const head = row.cells[0];
     head.classList.add("pick");
-    head.tabIndex = 0;
-    onPress(head, () => light(row.dataset.layer, head.textContent));
+    pressable(head, () => light(row.dataset.layer, head.textContent)).setAttribute("aria-pressed", "false");
   });
   all(".drawing [data-layer]").forEach((element) => {
     element.addEventListener("click", () => light(element.dataset.layer, names.get(element.dataset.layer) || ""));

@@ -12,8 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sharpscope.optim.activity import Audit, read_audit
 from sharpscope.report.drawing import inlined, svg
-from sharpscope.report.exhibits import Exhibit, exhibits
+from sharpscope.report.exhibits import ABOUT, SECTIONS, Exhibit, exhibits
+from sharpscope.report.gate import CHECK, Gate, read_gate
 from sharpscope.report.tables import (
     layer_table,
     provenance,
@@ -25,7 +27,8 @@ from sharpscope.report.tables import (
 from sharpscope.report.verdict import co_moving, verdict
 from sharpscope.result import ScanResult
 
-SECTIONS = ("path", "stragglers", "sharpness", "health")
+AUDIT = "spd.jsonl"
+Drawn = tuple[Exhibit, str | None]  #: with its drawing, None if the result holds nothing to draw
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,52 @@ class Figure:
     drawing: Markup
 
 
-def write(result: ScanResult, folder: str | Path) -> Path:
+def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = None) -> Path:
     """Write ``index.html`` and ``figures/*.svg`` into the folder, over what is there, and return the page's path.
 
-    A file is written beside its place and renamed, so that a reader never sees half of one. The same result gives
-    the same bytes.
+    A file is written beside its place and renamed, so that a reader never sees half of one; figures that an earlier run
+    left and this one does not draw are removed. The same result gives the same bytes.
+
+    Parameters
+    ----------
+    result
+        What to show.
+    folder
+        Where to. A ``check.json`` found there (``sharpscope check --json``) is shown beside the verdict.
+    audit
+        Log of an SPD training; None: ``spd.jsonl`` in the folder, if there is one.
+
+    Raises
+    ------
+    UsageError
+        If the audit log cannot be read.
     """
     place = Path(folder)
     (place / "figures").mkdir(parents=True, exist_ok=True)
-    drawn = [(exhibit, svg(exhibit.figure)) for exhibit in exhibits(result)]
+    log = Path(audit) if audit is not None else place / AUDIT
+    found = exhibits(result, read_audit(log) if audit is not None or log.is_file() else None)
+    drawn = [(exhibit, None if exhibit.figure is None else svg(exhibit.figure)) for exhibit in found]
     for exhibit, document in drawn:
-        _replace(place / "figures" / f"{exhibit.name}.svg", document)
-    return _replace(place / "index.html", _page(result, drawn))
+        if document is not None:
+            _replace(place / "figures" / f"{exhibit.name}.svg", document)
+    _remove_stale(place / "figures", {exhibit.name for exhibit, document in drawn if document is not None})
+    return _replace(place / "index.html", _page(result, drawn, read_gate(place / CHECK)))
 
 
-def render(result: ScanResult) -> str:
+def _remove_stale(folder: Path, kept: set[str]) -> None:
+    for file in folder.glob("*.svg"):
+        own = file.stem.partition("-")[0] in ABOUT or file.stem == "stragglers"  # its name up to version 0.1.0
+        if own and file.stem not in kept:
+            file.unlink()
+
+
+def render(result: ScanResult, *, audit: Audit | None = None, gate: Gate | None = None) -> str:
     """Return the page as text, writing nothing."""
-    return _page(result, [(exhibit, svg(exhibit.figure)) for exhibit in exhibits(result)])
+    drawn = [(found, None if found.figure is None else svg(found.figure)) for found in exhibits(result, audit)]
+    return _page(result, drawn, gate)
 
 
-def _page(result: ScanResult, drawn: list[tuple[Exhibit, str]]) -> str:
+def _page(result: ScanResult, drawn: list[Drawn], gate: Gate | None) -> str:
     found, script = verdict(result), _asset("page.js")
     return (
         _environment()
@@ -64,9 +93,11 @@ def _page(result: ScanResult, drawn: list[tuple[Exhibit, str]]) -> str:
         .render(
             result=result,
             verdict=found,
+            gate=gate,
             comparison=verdict_table(result, found) if found.recommendation else None,
             co_moving=co_moving(result),
             figures=_figures(drawn),
+            absent={name: [e for e, document in drawn if document is None and e.section == name] for name in SECTIONS},
             stragglers=straggler_table(result),
             layers=layer_table(result, found),
             splits=split_table(result),
@@ -79,10 +110,11 @@ def _page(result: ScanResult, drawn: list[tuple[Exhibit, str]]) -> str:
     )
 
 
-def _figures(drawn: list[tuple[Exhibit, str]]) -> dict[str, list[Figure]]:
+def _figures(drawn: list[Drawn]) -> dict[str, list[Figure]]:
     """Return the figures by the section of the page they stand in, numbered in the order they are seen."""
-    sections = {name: [pair for pair in drawn if pair[0].section == name] for name in SECTIONS}
-    ordered = [pair for name in SECTIONS for pair in sections[name]]
+    ordered = [
+        (e, document) for name in SECTIONS for e, document in drawn if document is not None and e.section == name
+    ]
     numbered = [Figure(i, exhibit, _drawing(i, exhibit, document)) for i, (exhibit, document) in enumerate(ordered, 1)]
     return {name: [figure for figure in numbered if figure.exhibit.section == name] for name in SECTIONS}
 

@@ -12,11 +12,13 @@ import numpy as np
 from sharpscope.report.curves import Grid, layer_grid, measures
 from sharpscope.report.verdict import Verdict
 from sharpscope.report.words import (
+    MINUS,
     alpha_text,
     duration,
     interval,
     layer_name,
     measure_name,
+    p_text,
     percent,
     points,
     significant,
@@ -24,8 +26,11 @@ from sharpscope.report.words import (
 )
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference
+from sharpscope.stragglers.wording import BEYOND, STRAGGLER
 
 NOTHING = "–"
+MOST = 240  # rows of the straggler table: a scan by tensor has thousands, and its page a limit
+MARKED = (STRAGGLER, BEYOND)
 NOT_RECORDED = "not recorded"
 
 
@@ -48,10 +53,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Column names and rows; the first column names the row."""
+    """Column names and rows; the first column names the row; ``left_out`` rows are not here."""
 
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
+    left_out: int = 0
 
 
 def _entry(value: float, text: str) -> Entry:
@@ -79,23 +85,31 @@ def _change(gap: Difference | None) -> Entry:
 
 
 def straggler_table(result: ScanResult) -> Table:
-    """Return tau of every layer and measure with the OOD error, beside the distance the layer moved."""
+    """Return tau of every layer and measure with the OOD error beside chance and distance; the first :data:`MOST`."""
+    table = result.stragglers
     lines = [
         Line(
             (
                 Entry(layer_name(row["layer"])),
                 Entry(measure_name(row["measure"])),
-                _entry(row["tau"], significant(row["tau"], 2)),
-                Entry(row["verdict"], look="words moves" if row["verdict"].startswith("co-moves") else "words"),
-                Entry(str(row["alphas"]), row["alphas"], "n"),
-                _entry(row["delta_norm"], significant(row["delta_norm"])),
+                Entry(row["verdict"], look="words moves" if row["verdict"] in MARKED else "words"),
+                _entry(row["tau"], _tau(row["tau"])),
+                _entry(row["tau_low"], f"{_tau(row['tau_low'])} to {_tau(row['tau_high'])}"),
+                _entry(row["null_high"], f"{_tau(row['null_low'])} to {_tau(row['null_high'])}"),
+                _entry(row["p_family"], p_text(row["p_family"])),
+                _entry(row["q"], p_text(row["q"])),
                 _entry(row["relative_delta"], percent(row["relative_delta"])),
             ),
             _number(result, row["layer"]),
         )
-        for row in result.stragglers.to_dict("records")
+        for row in table.head(MOST).to_dict("records")
     ]
-    return Table(("layer", "measure", "tau", "verdict", "alphas", "‖delta‖", "moved"), tuple(lines))
+    columns = ("layer", "measure", "verdict", "tau", "95 %", "90 % of chance", "family-wise p", "FDR q", "moved")
+    return Table(columns, tuple(lines), max(0, len(table) - MOST))
+
+
+def _tau(tau: float) -> str:
+    return f"{tau:.2f}".replace("-", MINUS)
 
 
 def _number(result: ScanResult, layer: str) -> int | None:
@@ -153,7 +167,7 @@ def _facts(result: ScanResult, layer: str, tau: float) -> tuple[Entry, ...]:
         _entry(size, f"{size:,.0f}"),
         _entry(delta, significant(delta)),
         _entry(moved, percent(moved)),
-        _entry(tau, significant(tau, 2)),
+        _entry(tau, _tau(tau)),
     )
 
 

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sharpscope.errors import SharpscopeError
+from sharpscope.recipe import Recipe
+from sharpscope.report.choices import best_recipe, searched
 from sharpscope.report.curves import accuracy, mean_ood
-from sharpscope.report.words import alpha_text, count, interval, listed, measure_name, points
+from sharpscope.report.words import alpha_text, count, interval, listed, measure_name, p_text, points, shortened
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference, difference, mean_difference
 from sharpscope.stragglers.recommendation import Recommendation
+from sharpscope.stragglers.wording import BEYOND, NOT_ENOUGH, STRAGGLER
 from sharpscope.table import MODEL
 
 MEAN_OOD = "mean OOD"
@@ -143,6 +146,8 @@ def _reasons(result: ScanResult, advice: Recommendation, failure: str | None) ->
         if advice.alpha != end:
             yield _against(name, advice, result.id_split)
     yield _ties(advice)
+    if searched(result):
+        yield per_layer_sentence(result)
 
 
 def _against(name: str, advice: Recommendation, id_split: str) -> str:
@@ -161,6 +166,19 @@ def _ties(advice: Recommendation) -> str:
     return f"Not distinguishable from alpha {alpha_text(advice.alpha)} on these images: alpha {listed(others)}."
 
 
+def per_layer_sentence(result: ScanResult) -> str:
+    """Return whether the best recipe tried beats the best uniform alpha, on images that neither was chosen on."""
+    advice, recipe, gap = best_recipe(result)
+    if recipe == Recipe.uniform(advice.alpha):
+        return "An alpha per layer: no recipe tried scored higher than the uniform alpha on the images for choosing."
+    word = {1: "better", 0: "not shown to be better", -1: "worse"}[gap.sign]
+    where = "mean OOD" if advice.chosen_by == "ood" else "ID"
+    return (
+        f"An alpha per layer: the best recipe tried is {word}, {where} accuracy {points(gap.value)} points "
+        f"({interval(gap)}) against uniform alpha {alpha_text(advice.alpha)}."
+    )
+
+
 def _comparisons(result: ScanResult, advice: Recommendation) -> Iterator[Comparison]:
     named = [(result.id_split, "ID"), *((split, "OOD") for split in result.ood_splits)]
     if len(result.ood_splits) > 1:
@@ -173,21 +191,30 @@ def _comparisons(result: ScanResult, advice: Recommendation) -> Iterator[Compari
 
 
 def co_moving(result: ScanResult) -> str:
-    """Return the sentence on layers whose sharpness runs with the OOD error."""
+    """Return the sentence on layers whose sharpness runs with the OOD error: the strongest that can be said."""
     if not result.ood_splits:
         return "Which layers co-move with the OOD error is not known: no OOD set was given."
-    table = result.stragglers
-    found = table[(table["verdict"] == "co-moves") & (table["layer"] != MODEL)]
-    if found.empty:
-        return f"No layer was found to co-move with the OOD error{_undecided(list(table['verdict']))}."
-    first, number = found.iloc[0], found["layer"].nunique()
-    return (
-        f"{count(number, 'layer')} {'co-moves' if number == 1 else 'co-move'} with the OOD error in at least one "
-        f"measure, most {first['layer']} (tau {first['tau']:.2f}, {measure_name(first['measure'])}). "
-        "Co-moving is not a cause."
-    )
+    table = result.stragglers[result.stragglers["layer"] != MODEL]
+    for rung, sentence in _RUNGS.items():
+        found = table[table["verdict"] == rung]
+        if not found.empty:
+            first, number = found.iloc[0], found["layer"].nunique()
+            place = f"{shortened(str(first['layer']))} (tau {first['tau']:.2f}, {measure_name(str(first['measure']))}, "
+            place += f"family-wise p {p_text(float(first['p_family']))})"
+            return sentence.format(layers=count(number, "layer"), s="s" if number == 1 else "", most=place)
+    return f"No layer was found to co-move with the OOD error{_undecided(list(table['verdict']))}."
+
+
+_RUNGS = {
+    STRAGGLER: "{layers} stand{s} out as straggler, first {most}: sharpness runs with the OOD error beyond chance, and "
+    "moving this layer alone changes OOD accuracy.",
+    BEYOND: "{layers} co-move{s} with the OOD error beyond chance, first {most}. Co-moving is not a cause: moving that "
+    "layer alone was not shown to change OOD accuracy.",
+    "co-moves": "{layers} co-move{s} with the OOD error, first {most}, but no more than chance would "
+    "on a path like this.",
+}
 
 
 def _undecided(verdicts: Sequence[str]) -> str:
-    open_ones = sum(verdict.startswith("undecided") for verdict in verdicts)
+    open_ones = sum(verdict.startswith(("undecided", NOT_ENOUGH)) for verdict in verdicts)
     return f"; {open_ones} of {len(verdicts)} comparisons are undecided" if open_ones else ""

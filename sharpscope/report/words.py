@@ -101,6 +101,15 @@ def points(fraction: float) -> str:
     return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", MINUS)
 
 
+def p_text(p: float) -> str:
+    """Return a p-value to the digit that matters.
+
+    >>> p_text(0.0004), p_text(0.034), p_text(0.5)
+    ('< 0.001', '0.034', '0.50')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
 def interval(difference: Difference) -> str:
     """Return the 95 % interval of a difference in percentage points."""
     low, high = difference.interval

@@ -1,0 +1,168 @@
+"""A scan and a recipe in, a merged checkpoint out: loaded again and judged on the data of the scan."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharpscope.commands.report import Material, material
+from sharpscope.config import FILE, Settings, read_config, settings
+from sharpscope.data import Split
+from sharpscope.errors import UsageError
+from sharpscope.evaluate import per_example
+from sharpscope.merging import MergePlan, merge_plan, read_weights, scanned_plan, write_plan
+from sharpscope.models import load, pair
+from sharpscope.network import network
+from sharpscope.prediction import Check, check_accuracy, predicted_accuracy, scanned_answers
+from sharpscope.recipe import Recipe
+from sharpscope.recipe_file import Interval, RecipeFile, read_recipe
+from sharpscope.result import ScanResult, open_result
+from sharpscope.table import Array
+
+RECOMMENDED = "recommended"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for.
+
+    Attributes
+    ----------
+    recipe
+        ``"recommended"``, a number, or a TOML file.
+    folder
+        A saved scan, None to merge two checkpoints as they are.
+    zero_shot, fine_tuned
+        Where the checkpoints are, if not where the scan read them.
+    keep_id
+        Points of ID accuracy that the recommendation may give up.
+    id, ood
+        Data to judge the result on, if not those of the scan.
+    """
+
+    recipe: str
+    folder: str | None = None
+    zero_shot: str | None = None
+    fine_tuned: str | None = None
+    keep_id: float | None = None
+    id: str | None = None
+    ood: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that is ready to be written, and what it should be worth."""
+
+    plan: MergePlan
+    predicted: Mapping[str, Interval]
+    answers: Mapping[str, Array]  # of the scan at this recipe, image by image
+    result: ScanResult | None
+    request: Request
+
+
+def prepared(request: Request) -> Prepared:
+    """Return the merge that was asked for, checked; nothing is written."""
+    result = None if request.folder is None else open_result(request.folder)
+    stored = _recipe(request, result)
+    plan = _plan_of_two(request, stored) if result is None else _plan_of_scan(request, stored, result)
+    answers = {} if result is None else scanned_answers(result, stored.recipe)
+    return Prepared(plan, {**predicted_accuracy(answers), **stored.predicted}, answers, result, request)
+
+
+def _plan_of_scan(request: Request, stored: RecipeFile, result: ScanResult) -> MergePlan:
+    known = result.meta["granularity"]
+    if len(stored.recipe.rules) > 1 and stored.granularity != known:
+        raise UsageError(
+            f"the recipe is for layers at granularity {stored.granularity!r}, the scan has {known!r}",
+            "a recipe for the scan's layers, or --zero-shot and --fine-tuned without the scan",
+        )
+    return scanned_plan(result.meta, stored.recipe, zero_shot=request.zero_shot, fine_tuned=request.fine_tuned)
+
+
+def _plan_of_two(request: Request, stored: RecipeFile) -> MergePlan:
+    if request.zero_shot is None or request.fine_tuned is None:
+        raise UsageError("there is nothing to merge", "name a saved scan, or --zero-shot REF and --fine-tuned REF")
+    ends = read_weights(request.zero_shot), read_weights(request.fine_tuned)
+    return merge_plan(*ends, stored.recipe, granularity=stored.granularity)
+
+
+def _recipe(request: Request, result: ScanResult | None) -> RecipeFile:
+    if request.recipe == RECOMMENDED:
+        if result is None:
+            raise UsageError("only a scan recommends a recipe", "name its folder, or --recipe NUMBER or FILE")
+        recipe = result.recommend(request.keep_id).recipe
+    else:
+        try:
+            recipe = Recipe.uniform(float(request.recipe))
+        except ValueError:
+            return read_recipe(request.recipe)
+    return RecipeFile(recipe, "block" if result is None else result.meta["granularity"])
+
+
+def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]:
+    """Write the merge; yield what can be said of it, line by line.
+
+    The checkpoint is loaded with its library, which must miss no weight and find none too many. Where there are data,
+    its accuracy is compared with what was predicted; a warning names what is off.
+    """
+    write_plan(job.plan, out, predicted=job.predicted, overwrite=overwrite)
+    yield f"merged: {out}"
+    if not _is_clip(Path(out)):
+        yield "not loaded again: no CLIP of transformers"
+        return
+    chosen = _data(job, out)
+    if isinstance(chosen, str):
+        yield f"loaded again: {load(out)!r}\nnot evaluated: {chosen}"
+        return
+    found = material(chosen)
+    yield f"loaded again: {found.fine_tuned!r}"
+    for check in _checks(job, found):
+        if check.as_predicted is False:
+            warnings.warn(f"not as predicted: {check}", stacklevel=2)
+        yield str(check)
+
+
+def _is_clip(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "clip"
+
+
+def _data(job: Prepared, out: str) -> Settings | str:
+    """Return the settings of the scan with the merge in the place of the fine-tuned model, or why there are none."""
+    known: dict[str, Any] = {}
+    file = Path(job.request.folder) / FILE if job.request.folder else None
+    if file is not None and file.is_file():
+        known = read_config(file)
+    if job.request.id is not None:
+        known |= {"id": job.request.id, "ood": {}}
+    if job.request.ood:
+        known["ood"] = dict(job.request.ood)
+    if "id" not in known:
+        return "no data; name them with --id DIR and --ood NAME=DIR"
+    places = [known["id"], *known.get("ood", {}).values()]
+    if absent := next((place for place in places if ":" not in place and not Path(place).exists()), None):
+        return f"{absent} is no longer there; name the data with --id DIR and --ood NAME=DIR"
+    return settings({**known, "zero_shot": str(job.plan.zero_shot.root), "fine_tuned": out, "sharpness_on": None})
+
+
+def _checks(job: Prepared, found: Material) -> Iterator[Check]:
+    assert found.id.classes is not None  # folders have names
+    module = network(pair(found.zero_shot, found.fine_tuned, found.id.classes)[1], "the merged model")
+    weights = {**module.buffers, **module.parameters}
+    for split in [found.id, *found.ood.values()]:
+        name = job.result.id_split if job.result and split is found.id else split.name
+        columns = None if split.columns is None else torch.tensor(split.columns)
+        correct = per_example(module.forward, weights, split, columns)["correct"]
+        yield check_accuracy(name, correct, job.predicted, job.answers.get(name) if _same(job, name, split) else None)
+
+
+def _same(job: Prepared, name: str, split: Split) -> bool:
+    """Return whether the scan was of the same images."""
+    facts = job.result.meta["splits"].get(name, {}) if job.result else {}
+    return bool(facts.get("fingerprint") == split.fingerprint)

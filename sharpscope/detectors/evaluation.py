@@ -1,0 +1,155 @@
+"""Accuracy, loss, confidence and calibration of a model on the path: absolute, or as a change on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sharpscope.calibration import calibration_error
+from sharpscope.detectors.findings import Finding, Limits, limits
+from sharpscope.detectors.images import CHOSEN, MEAN_OOD, Examples, alpha_of, examples, model_named, splits_of
+from sharpscope.detectors.intervals import (
+    Estimate,
+    average,
+    mean,
+    paired_average,
+    paired_proportion,
+    proportion,
+)
+from sharpscope.detectors.judgement import CHANGE, PERCENT, PLAIN, POINTS, Scale, judged
+from sharpscope.errors import UsageError, nearest
+from sharpscope.stragglers.paired import Z95
+from sharpscope.table import EVALUATIONS
+
+if TYPE_CHECKING:
+    from sharpscope.result import ScanResult
+
+BOOTSTRAPS = 1000
+
+
+def _resampled(numbers: Callable[[np.ndarray], float], n: int) -> Estimate:
+    """Return a number of n images with its normal interval by the bootstrap, at least as wide as one image makes it."""
+    random = np.random.default_rng(0)
+    spread = max(float(np.std([numbers(random.integers(0, n, n)) for _ in range(BOOTSTRAPS)], ddof=1)), 1 / n)
+    value = numbers(np.arange(n))
+    return Estimate(value, value - Z95 * spread, value + Z95 * spread, n)
+
+
+def _gap(model: Examples, places: np.ndarray) -> float:
+    return calibration_error(model["confidence"][places], model["correct"][places])
+
+
+def _single(measure: str, model: Examples) -> Estimate:
+    if measure == "accuracy":
+        return proportion(model["correct"])
+    if measure == "calibration_error":
+        return _resampled(lambda places: _gap(model, places), len(model["correct"]))
+    return average(model[measure])
+
+
+def _paired(measure: str, model: Examples, other: Examples) -> Estimate:
+    if measure == "accuracy":
+        return paired_proportion(model["correct"], other["correct"])
+    if measure == "calibration_error":
+        return _resampled(lambda places: _gap(model, places) - _gap(other, places), len(model["correct"]))
+    return paired_average(model[measure], other[measure])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationDetector:
+    """Judges a number of the whole model on one data set.
+
+    Parameters
+    ----------
+    measure
+        ``accuracy``, ``confidence`` or ``calibration_error``, in percent, changes in points; or ``loss``, in nats.
+    split
+        Name of a data set, or ``mean OOD``: every OOD set with the same weight.
+    model
+        ``candidate`` (the recommended alpha), ``fine-tuned``, ``zero-shot``, ``uniform best`` or e.g. ``alpha 0.3``.
+    versus
+        The model compared with, on the same images; then the limits are ``min_change`` and ``max_change``.
+    min, max, min_change, max_change
+        The limits, both ends included.
+    keep_id
+        Points of ID accuracy, zero or negative, that the candidate may give up against the fine-tuned model.
+
+    Notes
+    -----
+    Intervals (95 %): accuracy by Wilson's, its paired change by Tango's score interval (at a change of 0 McNemar's
+    test), means by Student's over images, calibration by a bootstrap over images. A model that was picked by half of
+    the images is judged on the other half.
+    """
+
+    measure: str = "accuracy"
+    split: str
+    model: str = "candidate"
+    versus: str | None = None
+    min: float | None = None
+    max: float | None = None
+    min_change: float | None = None
+    max_change: float | None = None
+    keep_id: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure not in EVALUATIONS:
+            raise UsageError(f"{self.measure!r} is no measure of a data set", nearest(self.measure, EVALUATIONS))
+        model_named(self.model)
+        if self.versus is not None:
+            model_named(self.versus)
+        self._check_kind()
+        for limit in (self.min, self.max):
+            if self.measure != "loss" and limit is not None and 0 < abs(limit) < 1:
+                raise UsageError(f"{self.measure} is in percent: {limit:g} means {limit:g} %", f"{100 * limit:g}?")
+
+    def _check_kind(self) -> None:
+        absolute, change = (self.min, self.max), (self.min_change, self.max_change)
+        if self.versus is None and change != (None, None):
+            raise UsageError("min_change and max_change need a model to compare with", "versus = 'zero-shot'")
+        if self.versus is not None and absolute != (None, None):
+            raise UsageError("min and max are no limits of a change versus another model", "min_change, max_change")
+        self._limits()
+
+    def _limits(self) -> Limits:
+        if self.versus is None:
+            return limits(self.measure, self.min, self.max)
+        return limits(self.measure, self.min_change, self.max_change, ("min_change", "max_change"))
+
+    def _scale(self) -> Scale:
+        if self.measure == "loss":
+            return PLAIN if self.versus is None else CHANGE
+        return PERCENT if self.versus is None else POINTS
+
+    def __call__(self, result: ScanResult) -> Finding:
+        """Return the finding; see :func:`sharpscope.detectors.images.examples` for what cannot be measured."""
+        splits = splits_of(result, self.split)
+        alpha = alpha_of(result, self.model, self.keep_id)
+        other = None if self.versus is None else alpha_of(result, self.versus, self.keep_id)
+        chosen = self.model in CHOSEN or self.versus in CHOSEN
+        found = mean([self._estimate(result, split, alpha, other, chosen) for split in splits])
+        what = f"{self.measure} of {_who(self.model, alpha)} on {self.split!r}"
+        what += "" if other is None else f" versus {_who(self.versus or '', other)}"
+        return judged(self.measure, what, found, self._limits(), scale=self._scale(), of=1 + chosen)
+
+    def _estimate(self, result: ScanResult, split: str, alpha: float, other: float | None, chosen: bool) -> Estimate:
+        model = examples(result, alpha, split, chosen)
+        if other is None:
+            return _single(self.measure, model)
+        reference = examples(result, other, split, chosen)
+        if alpha == other:  # the same weights
+            return Estimate(0.0, 0.0, 0.0, len(model["correct"]))
+        return _paired(self.measure, model, reference)
+
+
+def _who(name: str, alpha: float) -> str:
+    return f"the {name} (alpha {alpha:g})" if name in CHOSEN else name
+
+
+def OODRegression(
+    min_change: float = -0.5, *, split: str = MEAN_OOD, model: str = "candidate", versus: str = "zero-shot"
+) -> EvaluationDetector:
+    """Return the detector of a loss of OOD accuracy, in points, against the zero-shot model."""
+    return EvaluationDetector(split=split, model=model, versus=versus, min_change=min_change)

@@ -1,0 +1,110 @@
+"""What a detector says about a result: a verdict, the number it rests on and how sure that number is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from sharpscope.errors import MeasurementError, UsageError
+
+if TYPE_CHECKING:
+    from sharpscope.result import ScanResult
+
+Verdict = Literal["pass", "fail", "undecided", "unmeasured"]
+VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "undecided", "unmeasured")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one detector found.
+
+    Parameters
+    ----------
+    detector
+        Its name.
+    verdict
+        ``"pass"`` or ``"fail"`` if the interval lies wholly on one side of the limit, else ``"undecided"``;
+        ``"unmeasured"`` if there is no number to judge by.
+    score
+        The number judged. Only an unmeasured finding may lack it (NaN).
+    interval
+        Where the true number lies with 95 % confidence; an end is infinite where nothing is known.
+    reason
+        A sentence with the number, its interval and the limit.
+    needed
+        How many images (or draws) would decide an undecided finding, if the number found is the true one; None
+        where no number of them would, or none is needed.
+
+    Raises
+    ------
+    MeasurementError
+        For a verdict on NaN or on an interval without order, which is never "pass", and for one that is no verdict.
+    """
+
+    detector: str
+    verdict: Verdict
+    score: float
+    interval: tuple[float, float]
+    reason: str
+    needed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise MeasurementError(
+                f"detector {self.detector!r} gave the verdict {self.verdict!r}", f"one of: {', '.join(VERDICTS)}"
+            )
+        low, high = self.interval
+        if self.verdict != "unmeasured" and not (math.isfinite(self.score) and low <= high):
+            raise MeasurementError(
+                f"detector {self.detector!r} calls {self.score} (95 % interval {low} to {high}) {self.verdict!r}",
+                "a verdict needs a finite score and an interval; raise MeasurementError if there is none",
+            )
+
+
+class Detector(Protocol):
+    """Anything that turns a result into a finding: a function, or an object with settings.
+
+    It raises :class:`~sharpscope.errors.MeasurementError` where the result does not hold what it judges by.
+    """
+
+    def __call__(self, result: ScanResult, /) -> Finding:
+        """Return what was found."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The good side of a number: from ``low`` to ``high``, both included."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def verdict(self, interval: tuple[float, float]) -> Verdict:
+        """Return pass if the interval lies wholly within, fail if wholly outside, else undecided."""
+        low, high = interval
+        if self.low <= low and high <= self.high:
+            return "pass"
+        return "fail" if high < self.low or low > self.high else "undecided"
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if math.isinf(self.high) else f"{self.low:g} to {self.high:g}"
+
+
+def limits(what: str, low: float | None, high: float | None, names: tuple[str, str] = ("min", "max")) -> Limits:
+    """Return the limits of the two keys, None for one that was not given.
+
+    Raises
+    ------
+    UsageError
+        If neither was given, one is not finite, or no number lies between.
+    """
+    given = [value for value in (low, high) if value is not None]
+    if not given:
+        raise UsageError(f"{what} has no limit", f"give {names[0]} or {names[1]}")
+    if not all(map(math.isfinite, given)):
+        raise UsageError(f"{what} has a limit that is {given[0] if len(given) == 1 else given}", "a finite number")
+    if low is not None and high is not None and low > high:
+        raise UsageError(f"{what}: {names[0]} is {low:g}, above {names[1]}, {high:g}", "exchange them")
+    return Limits(-math.inf if low is None else low, math.inf if high is None else high)

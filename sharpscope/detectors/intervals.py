@@ -1,0 +1,143 @@
+"""Numbers with 95 % intervals from images: proportions and means, of one model or paired between two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from sharpscope.detectors.findings import Limits
+from sharpscope.stragglers.paired import Z95
+from sharpscope.table import Array
+
+POWER = 0.8  #: with which the images asked for decide, if the number found is the true one
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval and how many images or draws it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Both ends."""
+        return self.low, self.high
+
+    def scaled(self, factor: float) -> Estimate:
+        """Return the same in another unit, ``factor`` of which make one."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+
+    def needed(self, limits: Limits) -> int | None:
+        """Return how many images or draws decide with a power of 80 % if the value is the true number.
+
+        The distance of the value from the limit, in standard errors, grows with the root of their number. None if
+        the value lies on the limit or the interval has no end.
+        """
+        ends = [limit for limit in (limits.low, limits.high) if math.isfinite(limit)]
+        crossed = [limit for limit in ends if self.low <= limit <= self.high]
+        counts = [self._needed(limit) for limit in crossed]
+        return None if not counts or None in counts else max(count for count in counts if count is not None)
+
+    def _needed(self, limit: float) -> int | None:
+        reached = self.standard_errors_from(limit)
+        if reached == 0:
+            return None
+        return math.ceil(self.n * ((Z95 + float(stats.norm.ppf(POWER))) / reached) ** 2)
+
+    def standard_errors_from(self, limit: float) -> float:
+        """Return how many standard errors the value lies from the limit."""
+        half = self.value - self.low if limit < self.value else self.high - self.value
+        return Z95 * abs(self.value - limit) / half
+
+
+@dataclass(frozen=True)
+class PairedProportion(Estimate):
+    """A difference of proportions on the same images: alone right were one ``gained``, the other ``lost`` times."""
+
+    gained: int
+    lost: int
+
+    def standard_errors_from(self, limit: float) -> float:
+        """Return the score statistic: with few disagreements it grows faster than the width tells."""
+        return abs(score(self.gained, self.lost, self.n, limit))
+
+
+def proportion(correct: Array) -> Estimate:
+    """Return the share of true entries with its Wilson interval."""
+    count = len(correct)
+    low, high = stats.binomtest(int(correct.sum()), count).proportion_ci(method="wilson")
+    return Estimate(float(correct.mean()), float(low), float(high), count)
+
+
+def average(values: Array) -> Estimate:
+    """Return the mean with Student's interval; a single value has an infinite one."""
+    count, mean = len(values), float(values.mean(dtype=np.float64))
+    if count < 2:
+        return Estimate(mean, -math.inf, math.inf, count)
+    half = float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1, dtype=np.float64)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def score(gained: float, lost: float, n: int, gap: float) -> float:
+    """Return the score statistic of the hypothesis that a paired difference of proportions is ``gap``.
+
+    Of n images one model is alone right on ``gained``, the other on ``lost``. At a gap of 0 this is McNemar's
+    statistic. Source: Tango 1998, Statistics in Medicine 17, 891.
+    """
+    linear = 2 * n * gap - gained - lost - (gained - lost) * gap
+    constant = -lost * gap * (1 - gap)
+    share = (math.sqrt(max(linear * linear - 8 * n * constant, 0.0)) - linear) / (4 * n)  # of the lost, under gap
+    variance = n * (2 * share + gap * (1 - gap))
+    distance = gained - lost - n * gap
+    return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0
+
+
+def paired_proportion(candidate: Array, reference: Array) -> PairedProportion:
+    """Return the difference in share of true entries on the same images, see :func:`paired_counts`."""
+    gained, lost = int((candidate & ~reference).sum()), int((reference & ~candidate).sum())
+    return paired_counts(gained, lost, len(candidate))
+
+
+def paired_counts(gained: int, lost: int, n: int) -> PairedProportion:
+    """Return ``(gained - lost) / n`` with Tango's score interval.
+
+    Where two models disagree on few images the normal interval is lopsided: of 1000 images, 5 lost in truth and a limit
+    of -0.5 points, it passes 12 % of the candidates that it should pass 2.5 % of; this one 0.7 %.
+    """
+    value = (gained - lost) / n
+
+    def end(z: float, outer: float) -> float:
+        def beyond(gap: float) -> float:
+            return score(gained, lost, n, gap) - z
+
+        inside = outer * (1 - 1e-12)  # the variance is 0 at -1 and 1
+        return outer if beyond(inside) * z <= 0 else float(optimize.brentq(beyond, inside, value))
+
+    return PairedProportion(value, end(Z95, -1.0), end(-Z95, 1.0), n, gained, lost)
+
+
+def paired_average(candidate: Array, reference: Array) -> Estimate:
+    """Return the mean difference on the same images, with Student's interval."""
+    return average(candidate.astype(np.float64) - reference.astype(np.float64))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean over independent data sets, each weighing the same.
+
+    The distances of the ends add in squares, on each side for itself, so that lopsided intervals stay so (MOVER; Zou
+    and Donner 2008, Statistics in Medicine 27, 1693).
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    k = len(estimates)
+    value = math.fsum(e.value for e in estimates) / k
+    below = math.hypot(*(e.value - e.low for e in estimates)) / k
+    above = math.hypot(*(e.high - e.value for e in estimates)) / k
+    return Estimate(value, value - below, value + above, sum(e.n for e in estimates))

@@ -1,0 +1,127 @@
+"""From the keys of a checkpoint to the names that tensors have in the model, and from these to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.partition import Granularity, partition
+from sharpscope.recipe import Recipe
+
+# Wrappers leave these anywhere in a name, ...
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# ... and these before every name (WiSE-FT keeps its head beside the model it wraps).
+_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.")
+_HEAD = "classification_head."
+_LISTED = 20  # layers in a message
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return key -> name without what wrappers (DDP, FSDP, compile, WiSE-FT) put before and into it.
+
+    A prefix is taken off only if every key has it, a head apart.
+
+    Raises
+    ------
+    ModelError
+        If two keys would have one name.
+
+    Examples
+    --------
+    >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
+    'visual.proj'
+    """
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
+    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise ModelError(f"{seen[name]!r} and {key!r} are the same tensor {name!r}", "save it once")
+        seen[name] = key
+    return names
+
+
+def _on_all(prefix: str, names: Collection[str]) -> bool:
+    inside = [name for name in names if not name.startswith(_HEAD)]
+    return bool(inside) and all(name.startswith(prefix) for name in inside)
+
+
+def _containers(names: Iterable[str]) -> set[str]:
+    """Return the modules that look like lists: all their children are numbers."""
+    children: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) - 1):
+            children.setdefault(".".join(parts[:depth]), set()).add(parts[depth])
+    return {module for module, found in children.items() if all(child.isdigit() for child in found)}
+
+
+def layers_of(
+    keys: Sequence[str], granularity: Granularity, scanned: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
+    """Return key -> layer id, in depth order.
+
+    Parameters
+    ----------
+    keys
+        Keys of the floating-point tensors of a checkpoint.
+    granularity
+        See :func:`sharpscope.partition.partition`.
+    scanned
+        Layer -> names as a scan had them; what was not on its path (a text tower) falls to the rules.
+
+    Raises
+    ------
+    MismatchError
+        If the scan had a tensor that the checkpoint lacks.
+    """
+    names = bare_names(keys)
+    found = partition([*names.values()], granularity=granularity, containers=_containers(names.values()))
+    by_rule = {name: layer for layer, mine in found.layers.items() for name in mine}
+    by_scan = {name: layer for layer, mine in (scanned or {}).items() for name in mine}
+    bare = bare_names(by_scan)
+    by_bare = {bare[name]: layer for name, layer in by_scan.items()}
+    present = names.keys() | set(names.values())
+    made = any(layer.partition(".")[0] == "text" for layer in by_rule.values())  # of the text tower: the head
+    lost = [n for n in by_scan if n not in present and bare[n] not in present and not (made and n.startswith("head."))]
+    if lost:
+        raise MismatchError(
+            f"the checkpoint lacks {lost[0]!r}, which the scan had in layer {by_scan[lost[0]]!r}",
+            "merge the checkpoints that were scanned",
+        )
+    keys_of = {name: key for key, name in names.items()}
+    return {keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items()}
+
+
+def alphas_of(recipe: Recipe, layers: Collection[str]) -> dict[str, float]:
+    """Return layer -> alpha.
+
+    A rule for ``head`` also speaks for the text tower of a CLIP that has no head of its own: the text tower is what a
+    scan makes the head from.
+
+    Raises
+    ------
+    UsageError
+        If a rule matches no layer; the nearest id is named.
+    """
+    ids = {layer: _ids(layer, layers) for layer in dict.fromkeys(layers)}
+    known = [name for mine in ids.values() for name in mine]
+    for pattern, _ in recipe.rules[:-1]:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            near = get_close_matches(pattern, known, n=1, cutoff=0.0)
+            raise UsageError(
+                f"the recipe's pattern {pattern!r} matches no layer; the nearest is {near[0]!r}",
+                f"layers: {', '.join([*ids][:_LISTED])}{', ...' if len(ids) > _LISTED else ''}",
+            )
+    return {layer: _first(recipe, mine) for layer, mine in ids.items()}
+
+
+def _ids(layer: str, layers: Collection[str]) -> tuple[str, ...]:
+    return (layer, "head") if layer.partition(".")[0] == "text" and "head" not in layers else (layer,)
+
+
+def _first(recipe: Recipe, ids: tuple[str, ...]) -> float:
+    return next(alpha for pattern, alpha in recipe.rules if any(fnmatchcase(name, pattern) for name in ids))

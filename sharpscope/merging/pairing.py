@@ -1,0 +1,84 @@
+"""Whether two checkpoints on disk belong to one path, and which tensor belongs to which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sharpscope.errors import MismatchError, ModelError
+from sharpscope.merging.names import bare_names
+from sharpscope.merging.weights import Weights
+
+_ONE = "two checkpoints of one architecture, saved by the same library"
+
+
+def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
+    """Return key in the fine-tuned checkpoint -> key in the zero-shot one.
+
+    Raises
+    ------
+    MismatchError
+        If a name, a shape or a kind of number differs between the two; the first is named.
+    """
+    names, theirs = bare_names(fine_tuned.keys), bare_names(zero_shot.keys)
+    place = {name: key for key, name in theirs.items()}
+    # Older versions of transformers saved these indices, newer ones make them.
+    if odd := sorted(n for n in place.keys() ^ set(names.values()) if not n.endswith("position_ids")):
+        culprit = zero_shot if odd[0] not in place else fine_tuned
+        raise MismatchError(
+            "the models do not share an architecture: "
+            f"{len(theirs)} tensors in {zero_shot.root}, {len(names)} in {fine_tuned.root}; "
+            f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
+            _way_out(odd),
+        )
+    shared = {key: name for key, name in names.items() if name in place}
+    for key, name in shared.items():
+        first, second = zero_shot.spec(place[name]), fine_tuned.spec(key)
+        mixable = first.dtype == second.dtype or (first.dtype.is_floating_point and second.dtype.is_floating_point)
+        if first.shape != second.shape or not mixable:
+            raise MismatchError(
+                f"tensor {name!r} is {first} in {zero_shot.root} but {second} in {fine_tuned.root}", _ONE
+            )
+    return {key: place[name] for key, name in shared.items()}
+
+
+def _way_out(odd: Sequence[str]) -> str:
+    if any("lora_" in name for name in odd):
+        return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
+    if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
+        return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
+    return _ONE
+
+
+# Settings that change the function and no shape: weights of one load silently into the other.
+_FUNCTION = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size", "quick_gelu", "heads")
+
+
+def check_configurations(zero_shot: Weights, fine_tuned: Weights) -> None:
+    """Raise ``MismatchError`` if the configurations beside the weights differ in what changes the function."""
+    first, second = _config(zero_shot), _config(fine_tuned)
+    for name, value in second.items():
+        if name.rpartition(".")[2] in _FUNCTION and first.get(name, value) != value:
+            raise MismatchError(
+                f"{name} is {first[name]!r} in {zero_shot.root} but {value!r} in {fine_tuned.root}",
+                "a checkpoint and its fine-tuned self, saved with the same configuration",
+            )
+
+
+def _config(weights: Weights) -> dict[str, Any]:
+    """Return the configuration beside the weights, flat; empty if there is none."""
+    names = ("config.json", "open_clip_config.json")
+    file = next((weights.root / n for n in names if weights.root.is_dir() and (weights.root / n).is_file()), None)
+    try:
+        return {} if file is None else dict(_flat(json.loads(file.read_text(encoding="utf-8")), ""))
+    except ValueError as error:
+        raise ModelError(f"{file} is no JSON: {error}", "copy the checkpoint anew") from error
+
+
+def _flat(found: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, found

@@ -1,0 +1,92 @@
+"""What a reference to a model means: ``hf:``, ``oc:``, ``timm:``, ``py:``, a directory, a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sharpscope.errors import UsageError
+from sharpscope.models.tensors import SUFFIXES
+
+Kind = Literal["directory", "file", "hub", "oc", "timm", "py"]
+FORMS = (
+    "a directory, a hub id OWNER/NAME, oc:NAME/TAG or oc:NAME/FILE, timm:NAME or timm:NAME/FILE, "
+    "a .safetensors or .pt file, py:PACKAGE.MODULE:FUNCTION"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference.
+
+    Attributes
+    ----------
+    text
+        As it was given.
+    kind
+        What reads it.
+    name
+        Directory, file, hub id, name of a configuration, or factory.
+    weights
+        Tag or file that follows a configuration's name; ``"oc"`` or ``"timm"`` of a directory that this library is to
+        read; empty if there is none.
+    """
+
+    text: str
+    kind: Kind
+    name: str
+    weights: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The directory or file that ``name`` is."""
+        return Path(self.name)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that ``weights`` is, None if it is a tag."""
+        return Path(self.weights) if Path(self.weights).is_file() else None
+
+
+def parsed(ref: str | Path) -> Reference:
+    """Return what a reference means.
+
+    Raises
+    ------
+    UsageError
+        If it looks like a path and nothing is there, or it has no known form.
+    """
+    text = str(ref)
+    for kind in ("oc", "timm"):
+        if text.startswith(f"{kind}:"):
+            return _named(text, kind, text.removeprefix(f"{kind}:"))
+    if text.startswith("py:"):
+        return Reference(text, "py", text.removeprefix("py:"))
+    bare = text.removeprefix("hf:")
+    path = Path(bare).expanduser()
+    if path.is_dir():
+        return Reference(text, "directory", str(path))
+    if path.is_file():
+        return Reference(text, "file", str(path))
+    meant_here = path.parent.is_dir() and bare == text  # runs/ft beside an existing runs is no hub id
+    named = ":" in bare or path.suffix in SUFFIXES or path.is_absolute() or bare.startswith("~")
+    if meant_here or named or bare.count("/") != 1:
+        raise UsageError(f"there is no model at {bare!r}", FORMS)
+    return Reference(text, "hub", bare)
+
+
+def _named(text: str, kind: Kind, rest: str) -> Reference:
+    """Return NAME/TAG or NAME/FILE, the file relative or absolute; or a directory for that library."""
+    whole = Path(rest).expanduser()
+    if whole.is_dir():
+        return Reference(text, "directory", str(whole), kind)
+    name, _, weights = rest.partition("/")
+    if not name:
+        raise UsageError(f"{text!r} names no configuration", FORMS)
+    for place in (weights, f"/{weights}"):
+        if weights and Path(place).expanduser().is_file():
+            return Reference(text, kind, name, str(Path(place).expanduser()))
+    if Path(weights).suffix in SUFFIXES:
+        raise UsageError(f"{text!r}: there is no file {weights!r}", FORMS)
+    return Reference(text, kind, name, weights)

@@ -1,0 +1,94 @@
+"""What accuracy a merged model should have, by the scan it came from; and whether it has. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scipy.stats import binomtest
+
+from sharpscope.recipe import Recipe
+from sharpscope.recipe_file import Interval
+from sharpscope.result import ScanResult
+from sharpscope.stragglers.paired import Difference, difference
+from sharpscope.table import Array
+
+
+def scanned_answers(result: ScanResult, recipe: Recipe) -> dict[str, Array]:
+    """Return name of each data set -> whether the scan saw each image judged right at this recipe, bool ``(n,)``.
+
+    Empty for a recipe that the scan did not evaluate: alphas that differ from layer to layer, or a point of the path
+    that was not measured.
+    """
+    alphas = {alpha for _, alpha in recipe.rules}
+    return {split: correct for (alpha, split), correct in result.correct.items() if alphas == {alpha}}
+
+
+def predicted_accuracy(answers: Mapping[str, Array]) -> dict[str, Interval]:
+    """Return name of each data set -> 95 % Wilson interval of the accuracy, in %."""
+    return {split: _wilson(correct) for split, correct in answers.items()}
+
+
+def _wilson(correct: Array) -> Interval:
+    ends = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
+    return 100 * float(ends.low), 100 * float(ends.high)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The accuracy of a merged model on one data set, in %, beside what was predicted.
+
+    Attributes
+    ----------
+    split, n, accuracy
+        Name, images, accuracy in %.
+    predicted
+        Interval in % that it should lie in, None if nothing was predicted.
+    change
+        Paired difference to the scan on the same images, as a fraction; None if they are not the same images.
+    otherwise
+        Number of images judged otherwise than in the scan.
+    """
+
+    split: str
+    n: int
+    accuracy: float
+    predicted: Interval | None
+    change: Difference | None
+    otherwise: int
+
+    @property
+    def as_predicted(self) -> bool | None:
+        """Whether the accuracy lies in the interval and does not differ on the same images; None if not predicted."""
+        if self.predicted is None:
+            return None
+        same = self.change is None or self.change.sign == 0
+        return same and self.predicted[0] <= self.accuracy <= self.predicted[1]
+
+    def __str__(self) -> str:
+        text = f"{self.split}: {self.accuracy:.1f} % of {self.n}"
+        if self.predicted is None:
+            return f"{text}, not predicted"
+        text += f", predicted {self.predicted[0]:.1f} to {self.predicted[1]:.1f}"
+        return text if self.change is None else f"{text}, {self.otherwise} images judged otherwise than in the scan"
+
+
+def check_accuracy(
+    split: str, correct: Array, predicted: Mapping[str, Interval], scanned: Array | None = None
+) -> Check:
+    """Return the comparison of a merged model with what was predicted.
+
+    Parameters
+    ----------
+    split
+        Name of the data set.
+    correct
+        Whether the merged model is right, bool of shape ``(n,)``.
+    predicted
+        Intervals in % by name.
+    scanned
+        The same of the scan, if it was of the same images.
+    """
+    change = None if scanned is None else difference(correct, scanned)
+    otherwise = 0 if scanned is None else int((correct != scanned).sum())
+    return Check(split, len(correct), 100 * float(correct.mean()), predicted.get(split), change, otherwise)

@@ -1,0 +1,178 @@
+"""The search for an alpha per layer: recipes are tried on all images, each step depends on the choosing half only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sharpscope.errors import UsageError
+from sharpscope.evaluate import per_example
+from sharpscope.journal import Journal
+from sharpscope.objective import check_finite
+from sharpscope.plan import Job, Plan
+from sharpscope.recipe import Recipe
+from sharpscope.sparsity import sparsify
+from sharpscope.stragglers.recipes import recipe_key, score
+from sharpscope.stragglers.recommendation import halves, recommend
+from sharpscope.table import Cell, cell_key
+from sharpscope.tree import Tree, norm, select
+from sharpscope.trials import Trial, around, projections, ramps, sparse
+
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class RecipeSearch:
+    """How many recipes are tried.
+
+    In this order, beside the uniform alphas of the scan: LiNeS ramps over depth, ``alpha_l = a + b (l - 1) / (L - 1)``
+    (arXiv 2410.17146); projections of every layer's delta to one radius, absolute or relative to the layer (as TPGM,
+    arXiv 2303.10720, does with learned radii); each layer back to zero-shot; the layer that this helps most, made
+    sparse, beside its shrink control; then one layer after the other over the alphas 0, .25, .5, .75, 1, those
+    first that mattered most, keeping what helps, round by round until nothing does.
+
+    Parameters
+    ----------
+    evaluations
+        Most that are tried; each costs what the evaluation of one alpha does, a forward over all images.
+    sparse
+        Layers that are made sparse instead, e.g. stragglers.
+    """
+
+    evaluations: int = 60
+    sparse: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise UsageError(f"a recipe search of {self.evaluations} evaluations: 1 or more")
+
+
+Tried = Generator[Cell, None, float]  # yields the cells of a trial, returns its score
+
+
+class Search:
+    """A recipe search on a job whose path has been evaluated.
+
+    Parameters
+    ----------
+    settings, job, plan, journal
+        Cells must be in the journal before the next is asked for.
+    tick
+        Called with the name of a trial for each of its sets.
+    """
+
+    def __init__(
+        self, settings: RecipeSearch, job: Job, plan: Plan, journal: Journal, tick: Callable[[str], None]
+    ) -> None:
+        self._settings, self._left = settings, settings.evaluations
+        self._job, self._plan, self._journal, self._tick = job, plan, journal, tick
+        names = [split.name for split in job.splits]
+        self._target = names[1:] or names
+        self._first = {split.name: halves(len(split), plan.seed)[0] for split in job.splits}
+        correct = {(a, name): self._answers(cell_key(a, name, "evaluation")) for a in plan.alphas for name in names}
+        self.alpha = recommend(correct, names[0], names[1:], seed=plan.seed).alpha
+        self._uniform = score({name: correct[self.alpha, name] for name in names}, self._target, self._first)
+        # A layer that did not move changes nothing at any alpha.
+        start, end = job.path.start, job.path.end
+        self._layers = {
+            layer: names
+            for layer, names in job.path_layers.layers.items()
+            if layer in job.layers.layers and any(not start[n].equal(end[n]) for n in names)
+        }
+        self.trials: dict[str, Trial] = {}
+
+    def _answers(self, key: str) -> np.ndarray:
+        return self._journal[key].arrays["correct"]
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells that are not in the journal yet, until nothing is left to try."""
+        if not self._layers:
+            return
+        for trial in [*ramps(self.alpha, list(self._layers)), *self._projections()]:
+            yield from self._tried(trial)
+        changes: dict[str, float] = dict.fromkeys(self._layers, 0.0)
+        if self.alpha != 0:
+            for layer in self._layers:
+                found = yield from self._tried(around(self.alpha, {layer: 0.0}, "leave-one-out"))
+                changes[layer] = found - self._uniform
+        order = sorted(changes, key=lambda layer: -abs(changes[layer]))
+        if self.alpha != 0 and order:
+            best = max(changes, key=lambda layer: changes[layer])
+            for layer in (best,) if self._settings.sparse is None else self._settings.sparse:
+                for trial in sparse(layer, self.alpha):
+                    yield from self._tried(trial)
+        yield from self._coordinates(order)
+
+    def meta(self) -> dict[str, Any]:
+        """Return the alpha to beat and all trials as JSON values."""
+        return {"alpha": self.alpha, "trials": [trial.facts for trial in self.trials.values()]}
+
+    def _coordinates(self, order: list[str]) -> Iterator[Cell]:
+        """Try the alphas of one layer after the other, keeping the best so far, until a round changes nothing."""
+        best, chosen, before = self._uniform, dict.fromkeys(self._layers, self.alpha), None
+        while self._left and chosen != before:
+            before = chosen
+            for layer, alpha in ((layer, alpha) for layer in order for alpha in (*GRID, self.alpha)):
+                trial = around(self.alpha, {**chosen, layer: alpha}, "per-layer")
+                if alpha == chosen[layer] or trial.recipe == Recipe.uniform(self.alpha):
+                    continue
+                found = yield from self._tried(trial)
+                if found > best:
+                    best, chosen = found, {**chosen, layer: alpha}
+
+    def _tried(self, trial: Trial) -> Tried:
+        """Yield what is missing of a trial; return its score on the choosing half, -inf when none is left to try."""
+        if trial.key not in self.trials:
+            if not self._left:
+                return -np.inf
+            self._left -= 1
+            self.trials[trial.key] = trial
+        weights: Tree | None = None
+        for split in self._job.splits:
+            key = recipe_key(split.name, trial.key)
+            if key not in self._journal:
+                weights = weights or self._weights(trial)
+                batches = (batch.to(self._job.device) for batch in split)
+                found = per_example(self._job.network.forward, weights, batches, self._job.columns(split))
+                check_finite(float(found["loss"].mean()), f"{trial.name} on {split.name!r}")
+                self._tick(f"{trial.name} · {split.name}")
+                yield Cell(key, (), {"correct": found["correct"]})
+        answers = {name: self._answers(recipe_key(name, trial.key)) for name in self._first}
+        return score(answers, self._target, self._first)
+
+    def _weights(self, trial: Trial) -> Tree:
+        job = self._job
+        mixed = job.path.mixed(trial.recipe.alphas(job.path_layers.layers), job.path_layers)
+        if trial.sparse:
+            names = job.path_layers.layers[trial.sparse.layer]
+            start, here = select(job.path.start, names), select(mixed, names)
+            mixed |= sparsify(start, here, trial.sparse.p, rescale=trial.sparse.rescale, seed=self._plan.seed)
+        return {**job.constants, **mixed}
+
+    def _projections(self) -> list[Trial]:
+        start, delta = self._job.path.start, self._job.path.delta
+        distances = {layer: norm(select(delta, names)) for layer, names in self._layers.items()}
+        norms = {layer: norm(select(start, names)) for layer, names in self._layers.items()}
+        return projections(distances, norms, self.alpha)
+
+
+def recipes_from(chosen: bool | RecipeSearch, job: Job, plan: Plan) -> RecipeSearch | None:
+    """Return the search meant.
+
+    Raises
+    ------
+    UsageError
+        If the path lacks an end, as there is then no uniform alpha to beat, or a layer to be made sparse is unknown.
+    """
+    found = chosen if isinstance(chosen, RecipeSearch) else RecipeSearch() if chosen else None
+    if found and not {0.0, 1.0} <= set(plan.alphas):
+        raise UsageError(
+            f"alphas {list(plan.alphas)} lack an end point: there is no best uniform alpha that recipes could beat",
+            "scan both ends, or recipes=False",
+        )
+    if unknown := next((layer for layer in (found and found.sparse) or () if layer not in job.layers.layers), None):
+        raise UsageError(f"there is no layer {unknown!r} to make sparse", f"layers: {', '.join(job.layers.layers)}")
+    return found

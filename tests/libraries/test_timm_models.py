@@ -1,0 +1,78 @@
+"""Classifiers of timm: from a name and a file, with timm's own preprocessing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from saved import moved, pixels
+from saved_libraries import KINDS
+
+from sharpscope.errors import DataError, MismatchError, ModelError, UsageError
+from sharpscope.models import load, load_pair, pair
+
+timm = pytest.importorskip("timm")
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A network with 7 classes and its file."""
+    torch.manual_seed(0)
+    network = moved(timm.create_model("test_vit", num_classes=7), by=0.5).eval()
+    save_file(network.state_dict(), tmp_path / "ft.safetensors")
+    return network, tmp_path / "ft.safetensors"
+
+
+@torch.no_grad()
+def test_a_name_and_a_file_make_the_network_with_its_classes(tuned):
+    network, file = tuned
+    model = load(f"timm:test_vit/{file}")
+    assert model.network.num_classes == 7
+    assert model.where == file
+    assert torch.equal(model.network(pixels(160)), network(pixels(160)))
+
+
+def test_the_preprocessing_is_that_of_timms_data_configuration(tuned):
+    image = Image.linear_gradient("L").convert("RGB").resize((211, 180))
+    own = timm.data.create_transform(**timm.data.resolve_model_data_config(tuned[0]), is_training=False)
+    assert torch.equal(load(f"timm:test_vit/{tuned[1]}").preprocess(image), own(image))
+
+
+def test_a_file_alone_takes_the_network_of_the_other_end(tuned, tmp_path):
+    network, file = tuned
+    torch.save({"state_dict": {f"module.{n}": t for n, t in network.state_dict().items()}}, tmp_path / "again.pt")
+    start, end, _ = pair(*load_pair(f"timm:test_vit/{file}", tmp_path / "again.pt"), None)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters(), strict=True))
+
+
+def test_another_architecture_is_refused(tuned):
+    with pytest.raises(ModelError, match=r"ft.safetensors lacks \d+ weights of a ResNet \(conv1"):
+        load(f"timm:test_resnet/{tuned[1]}")
+
+
+def test_another_number_of_classes_is_refused(tuned, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "five.pt")
+    with pytest.raises(MismatchError, match=r"'head.weight' is \(5, 64\), the architecture has \(7, 64\)"):
+        load_pair(f"timm:test_vit/{tuned[1]}", tmp_path / "five.pt")
+
+
+def test_class_names_come_from_the_directory_and_are_compared_with_the_data(tmp_path):
+    model = load(KINDS["timm test_vit"](tmp_path).zero_shot)
+    assert model.classes == ("red", "green", "blue car")
+    with pytest.raises(DataError, match=r"output 1 of .* is 'green', class 1 of the data 'blue car'"):
+        model.classifier(["red", "blue car", "green"])
+
+
+def test_an_unknown_name_names_others():
+    with pytest.raises(UsageError, match=r"timm has no model 'resnet1888'"):
+        load("timm:resnet1888")
+
+
+def test_pretrained_weights_that_cannot_be_fetched_end_in_a_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ModelError, match=r"timm cannot make resnet18: no route to host\n  fix: .*timm:NAME/FILE"):
+        load("timm:resnet18")

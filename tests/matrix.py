@@ -1,0 +1,44 @@
+"""What must hold for every kind of model on disk, whichever library wrote it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from saved import CLASSES, Saved, pixels
+
+import sharpscope as ss
+from sharpscope.data import Split
+from sharpscope.measures import Trace
+from sharpscope.models import load_pair
+from sharpscope.models.compatibility import pair
+from sharpscope.network import logits
+
+
+def check_logits(saved: Saved) -> None:
+    images = pixels(saved.side)
+    start, _, _ = pair(*load_pair(saved.zero_shot, saved.fine_tuned), CLASSES)
+    with torch.no_grad():
+        expected, found = saved.logits(images), logits(start(images))
+    assert expected.shape == (len(images), len(CLASSES))
+    assert expected.std() > 0.01  # they tell images and classes apart
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def check_layers(saved: Saved) -> None:
+    model = load_pair(saved.zero_shot, saved.fine_tuned)[0]
+    names = [name for name, _ in model.network.named_parameters()]
+    for granularity in ("tower", "block", "part", "tensor"):
+        found = ss.layers(model, granularity)
+        assert sorted(found.names) == sorted(names)
+        assert "other" not in found.layers
+
+
+def check_scan(saved: Saved) -> None:
+    start, end = load_pair(saved.zero_shot, saved.fine_tuned)
+    data = Split([(pixels(saved.side, 6), torch.arange(6) % 3)], "id", classes=CLASSES)
+    rough = Trace(relative=2.0, absolute=1e3)
+    result = ss.scan(start, end, data, alphas=[0.5], measures=[rough], limit=3, progress=False)
+    rows = result.layers
+    assert set(rows["layer"]) > {"visual.embed", "visual.block.00", "visual.block.01"}
+    assert np.isfinite(rows["value"]).all()
+    assert result.meta["models"]["zero_shot"]["hash"] != result.meta["models"]["fine_tuned"]["hash"]

@@ -1,0 +1,321 @@
+"""From a scan to the checkpoint it recommends: the same models, the layers of the scan, judged again."""
+
+from __future__ import annotations
+
+import shutil
+
+import clips
+import numpy as np
+import pytest
+import torch
+from nets import Vit, images
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpscope as ss
+import sharpscope.commands.report as report
+from sharpscope import cli, config
+from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
+from sharpscope.recipe import CONVENTION, Recipe
+from sharpscope.recipe_file import read_recipe
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; return exit code, stdout and stderr."""
+
+    def called(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.app([str(argument) for argument in arguments], prog_name="sharpscope")
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return called
+
+
+def scanned(root, out, **settings):
+    chosen = config.Settings(
+        zero_shot=str(root / "base"),
+        fine_tuned=str(root / "tuned"),
+        id=str(root / "id"),
+        ood={"sketch": str(root / "sketch")},
+        measures=(),
+        alphas=3,
+        out=str(out),
+        **settings,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda result, folder: None)  # the page is tested where it is made
+        report.measure(chosen, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two CLIPs, two sets of images, and a scan of them in ``scan``."""
+    root = tmp_path_factory.mktemp("world")
+    clips.save(root / "base", clips.network())
+    clips.save(root / "tuned", clips.moved(clips.network(), by=0.2))
+    clips.images(root / "id", each=12)
+    clips.images(root / "sketch", ("blue", "red"), each=8, seed=1)
+    scanned(root, root / "scan")
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """The same in a place of its own."""
+    for name in ("base", "tuned", "id", "sketch"):
+        shutil.copytree(world / name, tmp_path / name)
+    return tmp_path, scanned(tmp_path, tmp_path / "scan")
+
+
+@pytest.mark.parametrize("alpha", ["0.5", "recommended"])
+def test_the_merge_is_written_loaded_and_judged_like_the_scan(run, world, tmp_path, alpha):
+    code, out, err = run("merge", world / "scan", "--recipe", alpha, "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    wanted = ss.open(world / "scan").recommend().alpha if alpha == "recommended" else 0.5
+    ss.merge(world / "base", world / "tuned", wanted, tmp_path / "expected")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    lines = out.splitlines()
+    assert lines[0].split() == ["layer", "alpha", "tensors", "bytes"]
+    assert f"merged: {tmp_path / 'm'}" in lines
+    correct = ss.open(world / "scan").correct[wanted, "id"]
+    assert f"id: {100 * correct.mean():.1f} % of 36, predicted " in lines[-2]
+    assert lines[-1].startswith("sketch: ")
+    assert all(line.endswith(", 0 images judged otherwise than in the scan") for line in lines[-2:])
+    assert set(read_recipe(tmp_path / "m").predicted) == {"id", "sketch"}
+
+
+def test_a_recommendation_writes_what_the_command_writes(run, world, tmp_path):
+    result = ss.open(world / "scan")
+    out = result.recommend(keep_id=-0.5).merge(tmp_path / "m")
+    assert run("merge", world / "scan", "--keep-id", -0.5, "--out", tmp_path / "cli")[0] == 0
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "cli" / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        result.recommend(keep_id=-0.5).merge(tmp_path / "m")
+
+
+def test_a_dry_run_shows_the_alphas_and_writes_nothing(run, world, tmp_path):
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["visual.block.0[01]", 0.25], ["head", 1], ["*", 0.5]]'
+    (tmp_path / "r.toml").write_text(rules)
+    code, out, _ = run("merge", world / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m", "--dry-run")
+    assert code == 0
+    found = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:-1]}
+    assert found == {
+        "visual.embed": "0.5",
+        "visual.block.00": "0.25",
+        "visual.block.01": "0.25",
+        "visual.norm": "0.5",
+        "visual.proj": "0.5",
+        "text.embed": "1",
+        "text.block.00": "1",
+        "text.norm": "1",
+        "text.proj": "1",
+        "logit_scale": "0.5",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"r.toml"}
+
+
+def test_a_recipe_from_a_file_is_not_predicted_but_judged(run, world, tmp_path):
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["visual.block.01", 0.0], ["*", 1.0]]'
+    (tmp_path / "r.toml").write_text(rules)
+    code, out, err = run("merge", world / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].endswith("of 16, not predicted")
+    found, start, end = (load_file(p / "model.safetensors") for p in (tmp_path / "m", world / "base", world / "tuned"))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, (start if name.startswith("vision_model.encoder.layers.1.") else end)[name]), name
+
+
+@pytest.mark.filterwarnings("default")
+def test_accuracy_outside_of_what_was_predicted_is_warned_of(run, world, tmp_path):
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["*", 1.0]]\n[predicted]\nid = [0.0, 0.5]'
+    (tmp_path / "r.toml").write_text(rules)
+    code, _, err = run("merge", world / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert code == 0
+    assert err.startswith("warning: not as predicted: id: ")
+    assert "predicted 0.0 to 0.5" in err
+
+
+def test_a_checkpoint_that_is_no_longer_what_was_scanned_is_refused(run, copy):
+    root, folder = copy
+    clips.save(root / "tuned", clips.moved(clips.network(), by=0.3))
+    code, _, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m")
+    assert code == 3
+    assert "tuned is not the fine-tuned model that was scanned: its hash is " in err
+    assert not (root / "m").exists()
+
+
+def test_a_checkpoint_that_was_moved_is_named_anew(run, copy):
+    root, folder = copy
+    (root / "base").rename(root / "elsewhere")
+    code, _, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m")
+    assert code == 2
+    assert "there are no weights at" in err
+    code, out, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m", "--zero-shot", root / "elsewhere")
+    assert code == 0, err
+    assert "sketch: " in out
+
+
+def test_data_that_are_gone_are_said_and_others_can_be_named(run, copy):
+    root, folder = copy
+    (root / "id").rename(root / "moved")
+    code, out, _ = run("merge", folder, "--recipe", "0.5", "--out", root / "m")
+    assert code == 0
+    assert out.splitlines()[-1].startswith(f"not evaluated: {root / 'id'} is no longer there; name the data with --id")
+    code, out, _ = run("merge", folder, "--recipe", "0.5", "--out", root / "m", "--overwrite", "--id", root / "moved")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("id: ")
+
+
+def test_two_checkpoints_can_be_merged_without_a_scan(run, world, tmp_path):
+    ends = ("--zero-shot", world / "base", "--fine-tuned", world / "tuned")
+    code, out, _ = run("merge", *ends, "--recipe", "0.5", "--out", tmp_path / "m")
+    assert code == 0
+    assert out.splitlines()[-1] == "not evaluated: no data; name them with --id DIR and --ood NAME=DIR"
+    code, _, err = run("merge", *ends, "--out", tmp_path / "other")
+    assert (code, "only a scan recommends" in err) == (2, True)
+    code, _, err = run("merge", "--recipe", "0.5", "--out", tmp_path / "other")
+    assert (code, "there is nothing to merge" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            'rules = [["visual.block.7", 0.0], ["*", 1.0]]',
+            "'visual.block.7' matches no layer; the nearest is 'visual.bl",
+        ),
+        ('granularity = "part"\nrules = [["*.attn", 0.0], ["*", 1.0]]', "granularity 'part', the scan has 'block'"),
+    ],
+)
+def test_a_recipe_of_other_layers_is_a_usage_error(run, world, tmp_path, text, said):
+    (tmp_path / "r.toml").write_text(f'alpha_convention = "{CONVENTION}"\n{text}')
+    code, _, err = run("merge", world / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_models_that_do_not_match_end_with_4(run, world, tmp_path):
+    clips.save(tmp_path / "other", clips.network(blocks=3))
+    ends = ("--zero-shot", world / "base", "--fine-tuned", tmp_path / "other")
+    code, _, err = run("merge", *ends, "--recipe", "0.5", "--out", tmp_path / "m")
+    assert code == 4
+    assert "do not share an architecture" in err
+
+
+def test_a_folder_without_a_scan_is_a_usage_error(run, tmp_path):
+    assert run("merge", tmp_path, "--out", tmp_path / "m")[0] == 2
+
+
+def test_parts_of_blocks_are_merged_as_they_were_scanned(run, world, tmp_path):
+    folder = scanned(world, tmp_path / "scan", granularity="part")
+    rules = f'alpha_convention = "{CONVENTION}"\ngranularity = "part"\nrules = [["*.01.mlp", 0.0], ["*", 1.0]]'
+    (tmp_path / "r.toml").write_text(rules)
+    assert run("merge", folder, "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")[0] == 0
+    found, end = (load_file(p / "model.safetensors") for p in (tmp_path / "m", world / "tuned"))
+    moved = {name for name, tensor in found.items() if not torch.equal(tensor, end[name])}
+    assert moved == {f"vision_model.encoder.layers.1.mlp.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+
+
+# --- modules in memory
+
+
+@pytest.fixture
+def modules(tmp_path):
+    """A scan of two modules, layers by a pattern, and their state dicts."""
+    ends = []
+    for name, seed in (("zs", 0), ("ft", 1)):
+        torch.manual_seed(seed)
+        ends.append(Vit().eval())
+        torch.save(ends[-1].state_dict(), tmp_path / f"{name}.pt")
+    x, y = images(16, dtype=torch.float32)
+    data = DataLoader(TensorDataset(x, y), batch_size=8)
+    patterns = {"mixers": r"\.qkv\."}
+    return ss.scan(*ends, data, alphas=3, measures=(), patterns=patterns, progress=False), data, tmp_path
+
+
+def test_modules_in_memory_are_merged_from_their_state_dicts_in_the_scans_layers(modules):
+    result, data, root = modules
+    from sharpscope.merging import scanned_plan, write_plan
+
+    recipe = Recipe((("mixers", 0.0), ("blocks.1", 0.5), ("*", 1.0)))
+    plan = scanned_plan(result.meta, recipe, zero_shot=root / "zs.pt", fine_tuned=root / "ft.pt")
+    write_plan(plan, root / "m.pt")
+    found, start, end = (torch.load(root / f"{name}.pt", weights_only=True) for name in ("m", "zs", "ft"))
+    for name, tensor in found.items():
+        alpha = 0.0 if ".qkv." in name else 0.5 if name.startswith("blocks.1.") else 1.0
+        torch.testing.assert_close(tensor, start[name] + alpha * (end[name] - start[name])), name
+    advice = result.recommend()
+    advice.merge(root / "advised.pt", zero_shot=root / "zs.pt", fine_tuned=root / "ft.pt")
+    model = Vit().eval()
+    model.load_state_dict(torch.load(root / "advised.pt", weights_only=True))
+    with torch.no_grad():
+        correct = torch.cat([model(x).argmax(1) == y for x, y in data]).numpy()
+    assert np.array_equal(correct, result.correct[advice.alpha, "id"])
+
+
+def test_modules_in_memory_need_their_files_and_the_right_ones(modules):
+    result, _, root = modules
+    with pytest.raises(
+        UsageError, match=r"where the weights of its zero-shot model \(Vit\) are\n  fix: --zero-shot FILE"
+    ):
+        result.recommend().merge(root / "m.pt")
+    with pytest.raises(ModelError, match=r"zs.pt is not the fine-tuned model that was scanned"):
+        result.recommend().merge(root / "m.pt", zero_shot=root / "zs.pt", fine_tuned=root / "zs.pt")
+
+
+def test_a_checkpoint_that_lacks_a_scanned_tensor_is_refused(world):
+    from sharpscope.merging import merge_plan, read_weights
+
+    ends = read_weights(world / "base"), read_weights(world / "tuned")
+    with pytest.raises(MismatchError, match=r"lacks 'extra.weight', which the scan had in layer 'extra'"):
+        merge_plan(*ends, Recipe.uniform(0.5), scanned={"extra": ["extra.weight"]})
+
+
+def test_a_recommendation_without_a_scan_says_so(world):
+    from dataclasses import replace
+
+    advice = replace(ss.open(world / "scan").recommend(), scan=None)
+    with pytest.raises(UsageError, match="not of a saved scan"):
+        advice.merge("m")
+
+
+# --- predictions
+
+
+def test_the_prediction_is_the_wilson_interval_of_the_scanned_point(world):
+    result = ss.open(world / "scan")
+    k, n = int(result.correct[0.5, "id"].sum()), len(result.correct[0.5, "id"])
+    z, p = 1.959963984540054, k / n
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [100 * (centre + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    found = predicted_accuracy(scanned_answers(result, Recipe.uniform(0.5)))
+    assert found["id"] == pytest.approx(expected)
+    assert set(found) == {"id", "sketch"}
+    assert scanned_answers(result, Recipe.uniform(0.3)) == {}
+    assert scanned_answers(result, Recipe((("head", 0.0), ("*", 0.5)))) == {}
+
+
+def test_a_model_that_judges_the_same_images_otherwise_is_seen_inside_the_interval():
+    random = np.random.default_rng(0)
+    before = random.random(1000) < 0.7
+    after = before.copy()
+    after[np.flatnonzero(before)[:15]] = False
+    predicted = {"id": (60.0, 80.0)}
+    assert check_accuracy("id", after, predicted).as_predicted is True
+    found = check_accuracy("id", after, predicted, before)
+    assert (found.as_predicted, found.otherwise) == (False, 15)
+    assert check_accuracy("id", before, predicted, before).as_predicted is True
+    assert check_accuracy("id", before, {}).as_predicted is None
+    assert check_accuracy("id", before, {"id": (0.0, 60.0)}).as_predicted is False
+
+
+def test_a_scan_records_where_its_models_are(world):
+    facts = ss.open(world / "scan").meta["models"]["zero_shot"]
+    assert facts["path"] == str((world / "base").resolve())

@@ -1,0 +1,24 @@
+"""Every kind of model that transformers saves is read back as itself, cut into layers, and scanned."""
+
+from __future__ import annotations
+
+import matrix
+import pytest
+from saved import KINDS, Saved
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def saved(request, tmp_path_factory) -> Saved:
+    return KINDS[request.param](tmp_path_factory.mktemp("saved"))
+
+
+def test_logits_are_those_of_the_library(saved):
+    matrix.check_logits(saved)
+
+
+def test_every_tensor_lies_in_exactly_one_known_layer(saved):
+    matrix.check_layers(saved)
+
+
+def test_a_scan_of_one_alpha_runs(saved):
+    matrix.check_scan(saved)

@@ -1,0 +1,227 @@
+"""Recipes: against whole models put together, planted optima, and luck."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_intervention import ID, OOD, hybrid, pair, problem
+from torch import nn
+
+import sharpscope
+from sharpscope.errors import UsageError
+from sharpscope.path import Path
+from sharpscope.recipe import Recipe
+from sharpscope.search import RecipeSearch
+from sharpscope.stragglers.recipes import Candidate, Contest, with_recipe
+from sharpscope.stragglers.recommendation import halves, recommend
+from sharpscope.trials import projected
+
+SETTINGS = {"ood": OOD, "alphas": 3, "measures": [], "interventions": False, "progress": False}
+
+
+def answered(net, data):
+    x, y = data.dataset.tensors
+    with torch.no_grad():
+        return (net(x).argmax(1) == y).numpy()
+
+
+def mixed(a, b, alphas, partition):
+    """Return a whole model with each layer at its alpha; float64 arithmetic of its own."""
+    net, home = copy.deepcopy(a), {n: layer for layer, names in partition.items() for n in names}
+    theirs = b.state_dict()
+    net.load_state_dict({k: v + alphas[home[k]] * (theirs[k] - v) for k, v in a.state_dict().items()})
+    return net
+
+
+def test_every_recipe_is_quoted_as_whole_models_put_together_score_on_the_other_half():
+    a, b = pair("mlp")
+    partition = sharpscope.layers(a).layers
+    result = sharpscope.scan(a, b, ID, recipes=RecipeSearch(20), **SETTINGS)
+    table, trials = result.recipes.set_index("recipe"), result.meta["recipes"]["trials"]
+    uniform = Recipe.uniform(result.recommend().alpha)
+    assert {t["kind"] for t in trials} >= {"LiNeS", "per-layer"}
+    assert len(trials) == 20
+
+    def truth(recipe):
+        net = mixed(a, b, recipe.alphas(partition), partition)
+        answers = {name: answered(net, data) for name, data in (("id", ID), *OOD.items())}
+        return {name: found[halves(len(found), 0)[1]].mean() for name, found in answers.items()}
+
+    best = truth(uniform)
+    for trial in trials:
+        if trial["rules"] is None:
+            continue
+        found, row = truth(Recipe(tuple(map(tuple, trial["rules"])))), table.loc[trial["name"]]
+        assert row["id"] == pytest.approx(100 * found["id"])
+        assert row["ood"] == pytest.approx(50 * (found["near"] + found["far"]))
+        gap = 50 * (found["near"] + found["far"] - best["near"] - best["far"])
+        assert row["versus_uniform"] == pytest.approx(gap, abs=1e-9)
+        assert row["low"] <= row["versus_uniform"] <= row["high"]
+
+
+def crossed(seed=0):
+    """Zero-shot has a spoiled last layer, fine-tuned a spoiled middle one: each has the layer that the other lacks."""
+    net, (id_, far) = problem(seed)
+    a, b = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        a[5].weight.add_(3 * torch.randn_like(net[5].weight))
+        b[3].weight.add_(3 * torch.randn_like(net[3].weight))
+    return sharpscope.scan(
+        a, b, id_, ood={"far": far}, recipes=True, interventions=False, measures=[], alphas=5, progress=False
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_recipe_is_found_and_beats_every_uniform_alpha(seed):
+    result = crossed(seed)
+    found = result.recommend(per_layer=True)
+    alphas = found.recipe.alphas(["1", "3", "5"])
+    assert alphas["3"] <= 0.25
+    assert alphas["5"] >= 0.75
+    assert found.per_layer[1].sign == 1
+    assert found.alpha == result.recommend().alpha
+    assert result.recommend().recipe == Recipe.uniform(found.alpha)
+    assert found.versus["zero-shot"]["mean OOD"].value > result.recommend().versus["zero-shot"]["mean OOD"].value
+    row = result.recipes.query("chosen").iloc[0]
+    assert row["versus_uniform"] == pytest.approx(100 * found.per_layer[1].value)
+
+
+def lucky(random, recipes=40, n=200):
+    """Uniform alphas and recipes that are all equally good."""
+    latent = {s: random.random(n) for s in ("id", "a", "b")}
+
+    def answers():
+        return {s: np.where(random.random(n) < 0.5, luck, random.random(n)) < 0.6 for s, luck in latent.items()}
+
+    correct = {(alpha, s): found for alpha in (0.0, 0.5, 1.0) for s, found in answers().items()}
+    uniform = [
+        Candidate(f"alpha {a:g}", "uniform", Recipe.uniform(a), {s: correct[a, s] for s in latent})
+        for a in (0.0, 0.5, 1.0)
+    ]
+    own = [Candidate(str(i), "per-layer", Recipe((("x", i / 100), ("*", 0.5))), answers()) for i in range(recipes)]
+    return Contest([*uniform, *own], "id", ["a", "b"], seed=0), correct
+
+
+def test_recipes_that_are_no_better_are_seldom_shipped_although_the_luckiest_looks_better():
+    random, shipped, naive = np.random.default_rng(0), 0, 0
+    for _ in range(100):
+        contest, correct = lucky(random)
+        found = with_recipe(recommend(correct, "id", ["a", "b"]), contest, correct, None)
+        shipped += found.recipe != Recipe.uniform(found.alpha)
+        naive += (contest.frame()["low"] > 0).any()
+    assert shipped / 100 < 0.06
+    assert naive / 100 > 0.3
+
+
+def test_the_recipe_keeps_the_id_accuracy_that_was_asked_for():
+    random = np.random.default_rng(0)
+    contest, correct = lucky(random)
+    better = {s: np.ones_like(v) if s != "id" else np.zeros_like(v) for s, v in contest.found[0].correct.items()}
+    contest.found.append(Candidate("sell-out", "per-layer", Recipe((("x", 0.7), ("*", 0.5))), better))
+    free = with_recipe(recommend(correct, "id", ["a", "b"]), contest, correct, None)
+    assert free.recipe == contest.found[-1].recipe
+    kept = with_recipe(recommend(correct, "id", ["a", "b"], keep_id=-10), contest, correct, -10)
+    assert kept.recipe != contest.found[-1].recipe
+
+
+def test_a_search_cut_anywhere_tries_the_same_recipes_and_ends_with_the_same_bytes(tmp_path):
+    import sharpscope.journal as journal
+
+    a, b = pair("mlp")
+
+    def run(out):
+        return sharpscope.scan(a, b, ID, recipes=RecipeSearch(25), out=out, **SETTINGS)
+
+    whole = run(tmp_path / "whole")
+
+    class Cut(Exception):
+        pass
+
+    append, left = journal.Journal.append, [0]
+
+    def cut(self, cell):
+        if left[0] == 0:
+            raise Cut
+        left[0] -= 1
+        append(self, cell)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "append", cut)
+        for _ in range(100):
+            left[0] = 7
+            try:
+                run(tmp_path / "cut")
+                break
+            except Cut:
+                continue
+    assert (tmp_path / "cut" / "cells.jsonl").read_bytes() == (tmp_path / "whole" / "cells.jsonl").read_bytes()
+    opened = sharpscope.open(tmp_path / "cut")
+    assert opened.recipes.equals(whole.recipes)
+    assert opened.meta["recipes"] == whole.meta["recipes"]
+
+
+def test_a_sparse_layer_stands_beside_its_shrink_control():
+    a, b = pair("mlp")
+    b = hybrid(b, a, [])
+    result = sharpscope.scan(a, b, ID, recipes=RecipeSearch(60, sparse=("1",)), **{**SETTINGS, "alphas": [0, 0.6, 1]})
+    if result.recommend().alpha == 0:
+        pytest.skip("zero-shot is best here")
+    kinds = [t["kind"] for t in result.meta["recipes"]["trials"]]
+    assert kinds.count("sparsified") == 4
+    shrunk = [t["rules"] for t in result.meta["recipes"]["trials"] if t["kind"] == "shrunk"]
+    alpha = result.recommend().alpha
+    assert shrunk == [[["1", pytest.approx(alpha * (1 - p))], ["*", alpha]] for p in (0.5, 0.9)]
+    assert result.recipes.query("kind == 'sparsified'")["recipe"].str.startswith("1: ").all()
+
+
+def test_models_that_are_the_same_leave_nothing_to_try():
+    a, _ = pair("mlp")
+    result = sharpscope.scan(a, copy.deepcopy(a), ID, recipes=True, **SETTINGS)
+    assert result.meta["recipes"]["trials"] == []
+    assert set(result.recipes["kind"]) == {"uniform"}
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.5, 0.9])
+def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_mean(mean):
+    distances = {"a": 0.5, "b": 2.0, "c": 3.0, "d": 3.0}
+    alphas = projected(distances, mean)
+    assert np.mean(list(alphas.values())) == pytest.approx(mean, abs=1e-5)
+    walked = [alphas[name] * far for name, far in distances.items() if alphas[name] < 1]
+    assert max(walked) == pytest.approx(min(walked), rel=1e-4)
+    assert all(distances[n] <= max(walked) + 1e-4 for n in distances if alphas[n] == 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, b: RecipeSearch(0), "of 0 evaluations"),
+        (lambda a, b: sharpscope.scan(a, b, ID, recipes=True, **{**SETTINGS, "alphas": [0, 0.5]}), "lack an end point"),
+        (lambda a, b: sharpscope.scan(a, b, ID, recipes=RecipeSearch(sparse=("x",)), **SETTINGS), "no layer 'x'"),
+        (lambda a, b: sharpscope.scan(a, b, ID, **SETTINGS).recommend(per_layer=True), "no recipes were tried"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(call, message):
+    with pytest.raises(UsageError, match=message):
+        call(*pair("mlp"))
+
+
+def test_a_layer_id_with_the_signs_of_a_pattern_is_matched_as_it_is():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleDict({"a[0]*": nn.Linear(16, 8), "a0x": nn.Linear(8, 3)})
+
+        def forward(self, x):
+            return self.blocks["a0x"](torch.tanh(self.blocks["a[0]*"](x.flatten(1))))
+
+    torch.manual_seed(0)
+    a, b = Odd().double().eval(), Odd().double().eval()
+    result = sharpscope.scan(a, b, ID, recipes=RecipeSearch(40), **SETTINGS)
+    partition = sharpscope.layers(a)
+    path = Path(dict(a.named_parameters()), dict(b.named_parameters()))
+    for trial in result.meta["recipes"]["trials"]:
+        if trial["kind"] in ("leave-one-out", "per-layer"):
+            alphas = Recipe(tuple(map(tuple, trial["rules"]))).alphas(partition.layers)
+            assert "a[0]*" in trial["name"] or alphas["blocks.a[0]*"] == result.recommend().alpha
+            assert path.mixed(alphas, partition).keys() == path.start.keys()
