@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -31,7 +32,7 @@ from sharpscope.stragglers.wording import BEYOND, LEVEL, STRAGGLER
 DEPTH, WIDTH, CLASSES, FEATURES = 7, 24, 4, 10
 ALPHAS = 11
 MODELS = 8
-CONTROLS = 4
+CONTROLS = 16  # random moves a layer
 STRENGTH = 1.5  # log factor of a rescaled pair per standard deviation of OOD error
 KINDS = ("rescaled", "shuffled", "noise")
 Batch = tuple[Tensor, Tensor]
@@ -140,6 +141,7 @@ class Trial:
     place: int
     found: bool
     first: bool
+    supported: bool  # by the scan's own rule
     others_flagged: int
     co_moves: bool
     beyond_null: bool
@@ -160,14 +162,14 @@ def trial(kind: str, seed: int, strength: float = 1) -> Trial:
         shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
         end = trained(end, (data.narrow[0], shuffled), round(40 * strength), 5e-3, only=place)
     result = scan(start, end, data, ALPHAS, seed, interventions=Interventions(limit=None, draws=CONTROLS))
-    effects = gains(result)
-    flagged = [name for name, effect in effects.items() if effect > 0]
-    own = names(start)[place]
+    table, own = gains(result), names(start)[place]
+    flagged = set(table.index[table["mends"]])
     return Trial(
         kind, seed, place,
         found=own in flagged,
-        first=own in flagged and max(effects, key=lambda name: effects[name]) == own,
-        others_flagged=len(set(flagged) - {own}),
+        first=own in flagged and table["effect"].where(table["mends"]).idxmax() == own,
+        supported=bool(table.loc[own, "supported"]),
+        others_flagged=len(flagged - {own}),
         **_path_words(result, {own}),
     )  # fmt: skip
 
@@ -201,12 +203,17 @@ def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int, str
     first = layers.loc[layers["tau"].abs().idxmax(), "predictor"]
     along = _path_words(scan(start, ends[-1], data, ALPHAS, seed), own)
     return Trial(
-        "rescaled", seed, place, bool(flagged & own), bool(flagged & own) and first in own, len(flagged - own), **along
+        "rescaled", seed, place, bool(flagged & own), bool(flagged & own) and first in own, False, len(flagged - own), **along
     )  # fmt: skip
 
 
-def gains(result: ScanResult) -> dict[str, float]:
-    """Gain in mean OOD accuracy from moving each layer alone back to zero-shot, in points; 0 unless it is supported."""
+def gains(result: ScanResult) -> pd.DataFrame:
+    """By layer: gain in mean OOD accuracy from moving it alone back to zero-shot, and what is said of it.
+
+    ``mends``: the gain's interval lies above zero and above that of random moves as long. ``supported`` is the scan's own
+    stricter word: the move is also unlike any single random move.
+    """
     table = result.interventions
     table = table[(table["question"] == "necessary") & (table["split"] == "ood mean")].set_index("layer")
-    return table["effect"].where(table["supported"] & (table["effect"] > 0), 0.0).to_dict()
+    mends = table["low"] > table["control_high"].clip(lower=0)
+    return table.assign(mends=mends, supported=table["supported"] & (table["effect"] > 0))

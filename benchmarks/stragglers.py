@@ -35,7 +35,7 @@ def power(trials: int, strength: float) -> dict[str, Any]:
         for seed in range(trials):
             found.append(trial(kind, seed, strength))
             print(found[-1], flush=True)
-    counted = ("found", "first", "co_moves", "beyond_null", "others_flagged", "others_beyond_null")
+    counted = ("found", "first", "supported", "co_moves", "beyond_null", "others_flagged", "others_beyond_null")
     rates = {
         kind: {name: sum(getattr(t, name) for t in found if t.kind == kind) / trials for name in counted}
         for kind in KINDS
