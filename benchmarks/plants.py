@@ -203,15 +203,20 @@ def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int, str
     first = layers.loc[layers["tau"].abs().idxmax(), "predictor"]
     along = _path_words(scan(start, ends[-1], data, ALPHAS, seed), own)
     return Trial(
-        "rescaled", seed, place, bool(flagged & own), bool(flagged & own) and first in own, False, len(flagged - own), **along
+        "rescaled", seed, place,
+        found=bool(flagged & own),
+        first=bool(flagged & own) and first in own,
+        supported=False,
+        others_flagged=len(flagged - own),
+        **along,
     )  # fmt: skip
 
 
 def gains(result: ScanResult) -> pd.DataFrame:
     """By layer: gain in mean OOD accuracy from moving it alone back to zero-shot, and what is said of it.
 
-    ``mends``: the gain's interval lies above zero and above that of random moves as long. ``supported`` is the scan's own
-    stricter word: the move is also unlike any single random move.
+    ``mends``: the gain's interval lies above zero and above that of random moves as long. ``supported`` is the
+    scan's own stricter word: the move is also unlike a single random move.
     """
     table = result.interventions
     table = table[(table["question"] == "necessary") & (table["split"] == "ood mean")].set_index("layer")
