@@ -3,10 +3,6 @@
 A kernel takes a table of pointers, as many tensors differ in size; a program handles a span of one of them.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -16,21 +12,21 @@ BLOCK = 2048  # weights at a time
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def sums(
-    owners: Any,
-    starts: Any,
-    sizes: Any,
-    weights: Any,
-    anchors: Any,
-    gradients: Any,
-    out: Any,
+    owners,
+    starts,
+    sizes,
+    weights,
+    anchors,
+    gradients,
+    out,
     anchored: tl.constexpr,
     graded: tl.constexpr,
     kind: tl.constexpr,
     span: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """Write ``sum (w - a)^2`` and ``sum (w - a) g`` of each program's span, both in float32."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
@@ -54,19 +50,19 @@ def sums(
     tl.store(out + 2 * program + 1, tl.sum(products))
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def pull(
-    owners: Any,
-    starts: Any,
-    sizes: Any,
-    weights: Any,
-    anchors: Any,
-    shares: Any,
+    owners,
+    starts,
+    sizes,
+    weights,
+    anchors,
+    shares,
     anchored: tl.constexpr,
     kind: tl.constexpr,
     span: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """Subtract ``share * (w - a)`` from the weights in place; a tensor whose share is 0 is not touched."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
