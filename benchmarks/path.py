@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 0.2])
+    parser.add_argument("--images", type=int, help="measured images; default: as in towers.py")
+    parser.add_argument("--batch", type=int, help="images in a batch, which has trace probes of its own")
     parser.add_argument("--out", type=FilePath)
     chosen = parser.parse_args()
     size, device = SIZES[chosen.size], torch.device(chosen.device)
@@ -83,7 +85,9 @@ def main() -> None:
         net = network(tower(size, "sdpa"), "the tower")
         ends = ({n: w[n].to(device) for n in net.parameters} for w in (start, end))
         path, buffers = Path(*ends), {n: b.to(device) for n, b in net.buffers.items()}
-        batches = tuple(Batch(x.to(device), y.to(device)) for x, y in images(size, size.images))
+        x, y = (torch.cat(both).to(device) for both in zip(*images(size, chosen.images or size.images), strict=True))
+        batch = chosen.batch or size.batch
+        batches = tuple(Batch(*pair) for pair in zip(x.split(batch), y.split(batch), strict=True))
         objective, memory, rows = Objective(net.forward, cross_entropy, batches), {}, []
         for alpha in chosen.alphas:
             row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory)

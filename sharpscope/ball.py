@@ -40,9 +40,10 @@ class Ball:
         if self.p == "inf":
             return {name: self.rho * self.scales[name] * g.sign() for name, g in gradient.items()}
         bent = {name: self.scales[name] * g for name, g in gradient.items()}
-        length = norm(bent)
-        share = self.rho / length if length > 0 else 0.0
-        return {name: share * self.scales[name] * g for name, g in bent.items()}
+        # As a tensor, so that the directions of many groups can be had in one call (torch.func.vmap).
+        length = torch.stack([tensor.double().square().sum() for tensor in bent.values()]).sum().sqrt()
+        share = torch.where(length > 0, self.rho / length, 0.0)
+        return {name: share.to(g.dtype) * self.scales[name] * g for name, g in bent.items()}
 
     def project(self, d: Tree) -> Tree:
         """Return the nearest point of the ball in the coordinates d / c."""

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
 
 from sharpscope.apgd import ascend
 from sharpscope.ball import Ball, Norm, check
 from sharpscope.curvature.estimate import Estimate, Estimates, mean_and_error
+from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
 from sharpscope.losses import logit_normalised
@@ -18,6 +21,8 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
 from sharpscope.tree import Tree, gaussian, select, uniform
+
+ROOM = 0.25  # share of free memory for the gradients of groups that are done together
 
 
 def groups(objective: Objective, size: int) -> list[Objective]:
@@ -103,12 +108,53 @@ class MSharpness:
         }
         rises: dict[str, list[float]] = {layer: [] for layer in wanted}
         sizes: list[int] = []
-        for number, group in enumerate(groups(_objective(point, self.logits == "normalised"), self.m)):
-            sizes.append(group.examples)
-            for layer, rise in self._rises(point, group, balls, (seed, self.name, number)):
-                rises[layer].append(rise)
-        for layer, found in rises.items():
-            yield layer, self._estimate(np.array(found), np.array(sizes))
+        number = 0
+        for chunk in self._chunks(groups(_objective(point, self.logits == "normalised"), self.m), point):
+            sizes += [group.examples for group in chunk]
+            if len(chunk) > 1:
+                found = self._together(point, chunk, balls)
+            else:
+                found = {
+                    layer: [rise] for layer, rise in self._rises(point, chunk[0], balls, (seed, self.name, number))
+                }
+            for layer, more in found.items():
+                rises[layer] += more
+            number += len(chunk)
+        for layer, mine in rises.items():
+            yield layer, self._estimate(np.array(mine), np.array(sizes))
+
+    def _chunks(self, all_groups: list[Objective], point: Point) -> Iterator[list[Objective]]:
+        """Yield groups that are done at once: on a GPU, for single steps, as many as have room for their gradients."""
+        device = next(iter(point.leaves.values())).device
+        bytes_each = 4 * sum(leaf.nbytes for leaf in point.leaves.values())
+        most = 1
+        if device.type == "cuda" and self.steps == 1:
+            most = max(1, int(free_bytes(device) * ROOM / bytes_each))
+        whole = [group for group in all_groups if group.examples == self.m]
+        yield from (whole[start : start + most] for start in range(0, len(whole), most))
+        yield from ([group] for group in all_groups[len(whole) :])
+
+    @torch.no_grad()
+    def _together(self, point: Point, chunk: list[Objective], balls: dict[str, Ball]) -> dict[str, list[float]]:
+        """Return the rises of groups of equal size, all groups in each call: small groups leave a GPU idle."""
+        inputs = torch.stack([group.batches[0].inputs for group in chunk])
+        targets = torch.stack([group.batches[0].targets for group in chunk])
+        one, weights = chunk[0], point.weights
+
+        def loss(some: Tree, x: Tensor, y: Tensor) -> Tensor:
+            return one.part({**weights, **some}, Batch(x, y))
+
+        own = {name: tensor.detach() for name, tensor in select(weights, balls[MODEL].scales).items()}
+        gradients, base = vmap(grad_and_value(loss), (None, 0, 0))(own, inputs, targets)
+        rises = {}
+        for layer, ball in balls.items():
+
+            def best(slope: Tree, x: Tensor, y: Tensor, ball: Ball = ball) -> Tensor:
+                return loss(moved(select(own, slope), ball.steepest(slope)), x, y)
+
+            found = vmap(best)(select(gradients, ball.scales), inputs, targets)
+            rises[layer] = (found.double() - base.double()).tolist()
+        return rises
 
     def _rises(
         self, point: Point, group: Objective, balls: dict[str, Ball], key: tuple[object, ...]

@@ -212,3 +212,26 @@ def test_inputs_that_cannot_be_regrouped_are_refused():
     pair = Objective(point.objective.forward, point.objective.loss, (Batch({"image": 0}, torch.zeros(2)),))
     with pytest.raises(UsageError, match="regroups examples"):
         groups(pair, 2)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "vit"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_groups_done_together_rise_as_groups_done_one_by_one(monkeypatch, kind, adaptive):
+    """The way of a GPU, taken here; the last group is smaller and goes alone."""
+    net = made(kind)
+    fn, weights, names = objective(net, (7, 3, 2))
+    layers = partition(names, containers=container_names(net))
+    measure = MSharpness(m=5, adaptive=adaptive)
+    plain = dict(measure(Point(fn, weights, names), layers, seed=0))
+    calls = []
+
+    def chunked(self, found, point):
+        calls.append(len(found))
+        yield found[:2]
+        yield found[2:]
+
+    monkeypatch.setattr(MSharpness, "_chunks", chunked)
+    together = dict(measure(Point(fn, weights, names), layers, seed=0))
+    assert calls == [3]
+    for layer, estimate in plain.items():
+        np.testing.assert_allclose(together[layer].samples, estimate.samples, rtol=1e-9, atol=1e-12)

@@ -115,8 +115,8 @@ class AdamRadius(Anchored, torch.optim.AdamW):
             if anchors is not None:
                 size = chunk.pooled([projection.squares(projection.widened(anchors))[None]])[0].sqrt()
             share = 1 - (chunk.option("radius") * size / distance.clamp_min(1e-300)).clamp(max=1)
-            for _, scalars in chunk.spread(share):
-                projection.pull(weights, deviation, scalars)
+            for _, values in chunk.spread(share):
+                projection.pull(weights, deviation, values.unbind())
 
 
 class SAM:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.optim import projection, shards
+from sharpscope.optim.fused import Fused
 
 AnchorOf = Callable[[str, Tensor], Tensor | None]
 
@@ -79,6 +80,7 @@ class Part:
         found = [anchor_of(entry.name, entry.parameter) for entry in entries]
         self.anchors = [anchor for anchor in found if anchor is not None] or None
         self._parameters = [entry.parameter for entry in entries]
+        self._fused: Fused | None = None
         self._sharded = any(shards.is_sharded(parameter) for parameter in self._parameters)
 
     @property
@@ -91,6 +93,14 @@ class Part:
         """What this rank has of the gradients."""
         found = [p.grad for p in self._parameters if p.grad is not None]
         return [shards.local(gradient) for gradient in found] if self._sharded else found
+
+    def fused(self, weights: list[Tensor], gradients: list[Tensor] | None) -> Fused | None:
+        """Return the kernels for these tensors; None where foreach calls do the work."""
+        if not Fused.usable([*weights, *(gradients or ())], self.anchors):
+            return None
+        if self._fused is None:
+            self._fused = Fused(weights, self.anchors)
+        return self._fused
 
     def deviations(self, weights: list[Tensor]) -> list[Tensor]:
         """Return these weights minus the anchors."""
@@ -147,15 +157,15 @@ class Chunk:
         runs = [(value, len(list(run))) for value, run in groupby(values)]
         return torch.cat([torch.full((n,), value, dtype=torch.float64, device=self.device) for value, n in runs])
 
-    def spread(self, per_tensor: Tensor) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
-        """Yield each part with its numbers as scalars on its device, in the dtype its deviations have."""
+    def spread(self, per_tensor: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """Yield each part with the numbers of its tensors on its device, in the dtype its deviations have."""
         start = 0
         for part in self.parts:
             first = part.entries[0].parameter
             dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
             values = per_tensor[start : start + len(part.entries)].to(device=first.device, dtype=dtype)
             start += len(part.entries)
-            yield part, values.unbind()
+            yield part, values
 
     def count(self, gated: Tensor, active: Tensor, ratio: Tensor) -> None:
         """Add one step's decisions to the tally, on the device."""

@@ -16,6 +16,7 @@ from sharpscope.optim import projection, shards
 from sharpscope.optim.anchor import Source, plain_name
 from sharpscope.optim.anchored import Anchored
 from sharpscope.optim.chunk import Activity, Chunk, Entry, Part, chunks
+from sharpscope.optim.fused import Fused
 from sharpscope.partition import Partition, partition
 
 Unit = Literal["tensor", "layer"]
@@ -138,21 +139,29 @@ class SelectiveProjection(Anchored):
         per_part, kept = [], []
         for part in chunk.parts:
             weights = part.weights
-            deviation = part.deviations(weights)
-            sums = [projection.squares(deviation)]
-            if self.selection.gate == "gradient":
-                sums.append(self._pulls(part, deviation))
-            per_part.append(torch.stack(sums))
+            gradients = part.gradients if self.selection.gate == "gradient" else None
             copies = [weight.clone() for weight in weights] if self.selection.gate == "update" else None
-            rows = projection.row_norms(deviation) if self.selection.row_norms else None
+            sums, rows = self._moments(part, weights, gradients)
+            if part.entries[0].group.get("maximize"):
+                sums[1:] *= -1  # the gradient of what is minimised
+            per_part.append(sums)
             kept.append((copies, rows))
         return chunk.pooled(per_part), kept
 
-    @staticmethod
-    def _pulls(part: Part, deviation: list[Tensor]) -> Tensor:
-        """Return <g, theta - theta_0>, g the gradient of what is minimised."""
-        found = projection.products(deviation, part.gradients)
-        return -found if part.entries[0].group.get("maximize") else found
+    def _moments(
+        self, part: Part, weights: list[Tensor], gradients: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Return squared norms of the deviations, with gradients <g, theta - theta_0> too, and row norms if wanted."""
+        if fused := self._fused(part, weights, gradients):
+            return fused.sums(weights, gradients), None
+        deviation = part.deviations(weights)
+        sums = [projection.squares(deviation)]
+        if gradients is not None:
+            sums.append(projection.products(deviation, gradients))
+        return torch.stack(sums), projection.row_norms(deviation) if self.selection.row_norms else None
+
+    def _fused(self, part: Part, weights: list[Tensor], gradients: list[Tensor] | None = None) -> Fused | None:
+        return None if self.selection.row_norms else part.fused(weights, gradients)
 
     def _after_update(self) -> None:
         for chunk in self._running:
@@ -163,8 +172,11 @@ class SelectiveProjection(Anchored):
     def _project(self, chunk: Chunk) -> None:
         before, kept = chunk.pending
         weights = [part.weights for part in chunk.parts]
-        deviation = [part.deviations(mine) for part, mine in zip(chunk.parts, weights, strict=True)]
-        after = chunk.pooled([projection.squares(mine)[None] for mine in deviation])[0]
+        kernels = [self._fused(part, mine) for part, mine in zip(chunk.parts, weights, strict=True)]
+        pairs = zip(chunk.parts, weights, kernels, strict=True)
+        deviation = [[] if fused else part.deviations(mine) for part, mine, fused in pairs]
+        sums = zip(weights, deviation, kernels, strict=True)
+        after = chunk.pooled([f.sums(w, None) if f else projection.squares(d)[None] for w, d, f in sums])[0]
         gated = before[1] > 0 if self.selection.gate == "gradient" else self._turned(chunk, weights, kept)
         if self.selection.row_norms:
             self._pull_rows(chunk, gated, weights, deviation, kept)
@@ -173,8 +185,11 @@ class SelectiveProjection(Anchored):
         if self._recorded:
             chunk.count(gated, ratio > 0, ratio)
         share = projection.shares(chunk.per_tensor(ratio), chunk.option("decay"))
-        for (_, scalars), mine, moved in zip(chunk.spread(share), weights, deviation, strict=True):
-            projection.pull(mine, moved, scalars)
+        for (_, values), mine, moved, fused in zip(chunk.spread(share), weights, deviation, kernels, strict=True):
+            if fused:
+                fused.pull(mine, values)
+            else:
+                projection.pull(mine, moved, values.unbind())
 
     def _turned(self, chunk: Chunk, weights: list[list[Tensor]], kept: list[Any]) -> Tensor:
         """Return where the plain step pointed towards the anchor."""
@@ -193,8 +208,8 @@ class SelectiveProjection(Anchored):
         for index, (_, flags) in enumerate(gates):
             after = projection.row_norms(deviation[index])
             before = kept[index][1]
-            rows = [projection.ratios(b, a, f > 0) for b, a, f in zip(before, after, flags, strict=True)]
-            pairs = zip(rows, decays[index][1], strict=True)
+            rows = [projection.ratios(b, a, f > 0) for b, a, f in zip(before, after, flags.unbind(), strict=True)]
+            pairs = zip(rows, decays[index][1].unbind(), strict=True)
             projection.pull(weights[index], deviation[index], [projection.shares(r, d) for r, d in pairs])
             found.append(torch.stack([torch.stack([(r > 0).double().mean(), r.double().mean()]) for r in rows]).T)
         if self._recorded:
