@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class AdamSPD(SelectiveProjection, torch.optim.AdamW):
     params
         ``model.named_parameters()``, or groups ``{"params": [(name, parameter), ...], "decay": ..., "lr": ...}``.
     lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, fused
-        As in AdamW; ``weight_decay`` is the ordinary decoupled decay towards zero, off by default.
+        As in AdamW; ``weight_decay`` is the ordinary decoupled decay towards zero, off by default. On a GPU the step is
+        fused unless ``foreach`` or ``fused`` is given (torch's own default is foreach, three times slower on an H200).
     anchor
         The weights to stay near: a module, a mapping name -> tensor, ``"init"`` (the present weights), or None for
         zeros (LoRA). Found by name; copied.
@@ -89,9 +91,12 @@ class AdamSPD(SelectiveProjection, torch.optim.AdamW):
             decay=decay,
             selection=Selection(granularity, gate, row_norms),
         )
+        groups = as_groups(params)
+        if fused is None and foreach is None:
+            fused = _all_on_gpu(groups) or None
         torch.optim.AdamW.__init__(
             self,
-            as_groups(params),
+            groups,
             lr,
             betas,
             eps,
@@ -103,3 +108,13 @@ class AdamSPD(SelectiveProjection, torch.optim.AdamW):
             fused=fused,
         )
         self._finish_selective(layers)
+
+
+def _all_on_gpu(groups: list[dict[str, Any]]) -> bool:
+    """Return whether a fused step can be made; groups may hold generators, which become lists."""
+    tensors = []
+    for group in groups:
+        if not isinstance(group["params"], Tensor):
+            group["params"] = list(group["params"])
+        tensors += [item[-1] if isinstance(item, tuple) else item for item in group["params"]]
+    return bool(tensors) and all(t.is_cuda and t.is_floating_point() for t in tensors)

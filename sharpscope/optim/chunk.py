@@ -17,7 +17,7 @@ AnchorOf = Callable[[str, Tensor], Tensor | None]
 
 # Weights in a chunk. Deviations are written, read three times and dropped: a chunk bounds what they take beside the
 # anchors. On an H200 launches rule, and cache-sized chunks were four times slower than one of all 88 M weights
-# (15 against 4 ms a step, benchmarks/results/spd-h200.json); on a CPU small ones stay in the cache.
+# (benchmarks/results/spd-h200.json); on a CPU small ones stay in the cache.
 LIMITS = {"cuda": 1 << 27}
 LIMIT: int | None = None  #: overrides the above
 _ELSEWHERE = 1 << 22
