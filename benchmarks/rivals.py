@@ -41,7 +41,10 @@ def sharpscope(task: Task) -> Iterator[Answer]:
     """Yield sharpscope's answers: the measures as shipped, the model's own eigenvalue as a stage of its own."""
     net = network(task.module("sdpa"), "the tower")  # sharpscope unfuses attention itself
     summed = partial(nn.functional.cross_entropy, reduction="sum")
-    objective = Objective(net.forward, summed, tuple(Batch(x, y) for x, y in task.data))
+    x, y = task.whole
+    own = task.size.probe_batch  # every batch has probes of its own, so small ones need fewer; the images are the same
+    batches = tuple(Batch(*pair) for pair in zip(x.split(own), y.split(own), strict=True))
+    objective = Objective(net.forward, summed, batches)
     names = tuple(net.parameters)
     point = Point(objective, {**net.parameters, **net.buffers}, names)
     partition = Partition(task.layers)

@@ -21,6 +21,7 @@ class Size:
     batch: int
     rate: float
     steps: dict[str, int]  # state -> optimiser steps
+    probe_batch: int  # of sharpscope
 
     @property
     def pixels(self) -> int:
@@ -45,6 +46,7 @@ SIZES = {
         batch=32,
         rate=3e-4,
         steps={"random": 0, "trained": 30, "converged": 300},
+        probe_batch=8,
     ),
     # The vision configuration of CLIP ViT-B/32: 87.5 M weights, 15 layers.
     "b32": Size(
@@ -62,6 +64,7 @@ SIZES = {
         batch=256,
         rate=3e-5,
         steps={"random": 0, "trained": 100, "converged": 600},
+        probe_batch=128,
     ),
 }
 STATES = ("random", "trained", "converged")
