@@ -261,7 +261,8 @@ class ScanResult:
         for name in ("layers", "evals", "stragglers", "interventions", "recipes"):
             _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
-        np.savez_compressed(out / "correct.npz", **arrays)
+        np.savez_compressed(out / "correct.part.npz", **arrays)
+        (out / "correct.part.npz").replace(out / "correct.npz")
         _replace(out / "scan.json", json.dumps(self.meta, indent=1))
         return out
 

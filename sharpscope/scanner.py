@@ -10,6 +10,7 @@ from typing import Any
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
+from sharpscope.errors import MeasurementError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
@@ -23,6 +24,7 @@ from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
+from sharpscope.storage import locked, writing
 from sharpscope.table import Cell, Row, cell_key
 from sharpscope.tree import Tree
 
@@ -74,16 +76,40 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
 
 
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
-    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again."""
+    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again.
+
+    Raises
+    ------
+    MeasurementError
+        After all others, if alphas could not be measured.
+    """
+    faults: dict[float, MeasurementError] = {}
     for index, alpha in enumerate(plan.alphas):
 
         def tick(measure: str, what: str, index: int = index) -> None:
             progress.step(index, measure, what)
 
-        for cell in _cells_at(job, plan, index, journal, memory, tick):
-            journal.append(cell)
-            yield cell
-        progress.alpha_done(index, alpha)
+        try:
+            for cell in _cells_at(job, plan, index, journal, memory, tick):
+                journal.append(cell)
+                yield cell
+        except MeasurementError as fault:
+            faults[alpha] = fault
+            progress.say(f"alpha {alpha:g} failed: {fault.problem}")
+        else:
+            progress.alpha_done(index, alpha)
+    if faults:
+        raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
+
+
+def _unmeasured(faults: Mapping[float, MeasurementError], plan: Plan, journal: Journal) -> MeasurementError:
+    """Return what is said of alphas without usable numbers; the others are finished by then."""
+    first, others = next(iter(faults.values())), len(plan.alphas) - len(faults)
+    listed = ", ".join(f"{alpha:g}" for alpha in faults)
+    kept = f", {others} are" + (f" and kept in {journal.path}" if journal.path else "") if others else ""
+    return MeasurementError(
+        f"{first.problem}; {len(faults)} of {len(plan.alphas)} alphas ({listed}) could not be measured{kept}", first.fix
+    )
 
 
 def _measured(
@@ -199,7 +225,10 @@ def scan(
     MismatchError
         If the models are not of one architecture.
     ModelError, DataError, MeasurementError
-        Naming what cannot be measured on and the way out.
+        Naming what cannot be measured on and the way out. Where an alpha has no usable numbers, e.g. a loss that is
+        NaN, the others are measured first.
+    OutputError
+        If ``out`` cannot be written, or another scan is writing it.
 
     Notes
     -----
@@ -232,10 +261,21 @@ def scan(
         job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
-        journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-        found = _measured(job, plan, moves, searched, journal, Memory(folder), progress)
-        result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
-    if folder is not None:
-        result.save(folder)
-        Memory(folder).clear()
+        with locked(folder):
+            if folder is not None and fresh:
+                _discard(folder)
+            journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
+            found = _measured(job, plan, moves, searched, journal, Memory(folder), progress)
+            result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
+            if folder is not None:
+                with writing(folder):
+                    result.save(folder)
+                Memory(folder).clear()
     return result
+
+
+def _discard(folder: FilePath) -> None:
+    """Remove what makes the folder a finished scan, so that none seems to be there until the new one is."""
+    with writing(folder):
+        (folder / "scan.json").unlink(missing_ok=True)
+        Memory(folder).clear()

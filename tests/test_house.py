@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["journal", "calibration"],
+    ["storage", "journal", "calibration"],
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
