@@ -32,6 +32,16 @@ class Batch(NamedTuple):
             inputs = self.inputs.to(device)
         return Batch(inputs, self.targets.to(device))
 
+    def split(self, pieces: int) -> list[Batch]:
+        """Return the examples in so many batches, as even as may be, or fewer."""
+        targets = self.targets.tensor_split(pieces)
+        if isinstance(self.inputs, Mapping):
+            columns = {name: tensor.tensor_split(pieces) for name, tensor in self.inputs.items()}
+            inputs: list[Any] = [{name: parts[i] for name, parts in columns.items()} for i in range(pieces)]
+        else:
+            inputs = list(self.inputs.tensor_split(pieces))
+        return [Batch(x, y) for x, y in zip(inputs, targets, strict=True) if len(y)]
+
 
 Forward = Callable[[Tree, Any], Tensor]
 
@@ -50,11 +60,15 @@ class Objective:
         ``(outputs, targets) -> sum over examples``.
     batches
         Fixed; the same at every point of a path.
+    pieces
+        That each batch is computed in, where it would take too much memory as a whole: no number changes beyond
+        rounding, and probes go with batches, not pieces.
     """
 
     forward: Forward
     loss: Loss
     batches: tuple[Batch, ...]
+    pieces: int = 1
 
     @property
     def examples(self) -> int:
@@ -77,9 +91,9 @@ class Objective:
         """
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
         here, loss, total = {**weights, **leaves}, 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
-        for batch in self.batches:
+        for piece in (piece for batch in self.batches for piece in batch.split(self.pieces)):
             with torch.enable_grad():
-                part = self.part(here, batch)
+                part = self.part(here, piece)
             found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
             total = [t + f for t, f in zip(total, found, strict=True)]
             loss += float(part.detach())

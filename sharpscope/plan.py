@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ class Job:
     sources: tuple[dict[str, str], dict[str, str]]  # where the weights are on disk, and their hash
     device: torch.device
     warnings: list[str]
+    graph_bytes: int | None = None  # that kept graphs may take, see Point
     counts: Counter[str] = field(default_factory=Counter)
 
     def weights(self, alpha: float) -> Tree:
@@ -280,7 +281,8 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
         split.check_labels(_classes(first, weights, split))
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
-    point = Point(first, weights, everything.names, graph_bytes=0)
+    example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused)
 
 

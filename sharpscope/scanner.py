@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
+from sharpscope.backoff import that_fit
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
@@ -30,7 +32,7 @@ from sharpscope.tree import Tree
 
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
-    batches = (batch.to(job.device) for batch in split)
+    batches = (piece.to(job.device) for batch in split for piece in batch.split(job.objective.pieces))
     examples = per_example(job.objective.forward, weights, batches, job.columns(split))
     check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
     return evaluation_cell(alpha, split.name, examples)
@@ -64,7 +66,14 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     if not missing:
         return
     guesses = memory.before(index, str(job.device))
-    point = Point(job.objective, weights, job.layers.names, memory=guesses, delta=job.path.delta)
+    point = Point(
+        job.objective,
+        weights,
+        job.layers.names,
+        graph_bytes=job.graph_bytes,
+        memory=guesses,
+        delta=job.path.delta,
+    )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
     for measure in missing:
         known = len(point.found)
@@ -85,12 +94,9 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
     """
     faults: dict[float, MeasurementError] = {}
     for index, alpha in enumerate(plan.alphas):
-
-        def tick(measure: str, what: str, index: int = index) -> None:
-            progress.step(index, measure, what)
-
+        at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
         try:
-            for cell in _cells_at(job, plan, index, journal, memory, tick):
+            for cell in that_fit(job, at, f"alpha {alpha:g}", progress.say):
                 journal.append(cell)
                 yield cell
         except MeasurementError as fault:

@@ -28,6 +28,7 @@ ROOMS = [
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
     ["plan"],
+    ["backoff"],
     ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
     ["detectors", "adapters", "prediction", "comparison"],

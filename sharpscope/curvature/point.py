@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes
+from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes, summed
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select, zeros
@@ -100,7 +100,7 @@ class Point:
 
     def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
         """Return a graph per batch of the objective, kept within the budget."""
-        return Graphs(make, self.objective.batches, self.weights.values(), budget)
+        return Graphs(make, self.objective.batches, self.weights.values(), budget, self.objective.pieces)
 
     def _visit(self) -> None:
         """Sum loss and gradient over the batches; see which tensors the loss touches."""
@@ -159,8 +159,8 @@ class Point:
 
     def parts(self) -> Iterator[Part]:
         """Yield each batch's share of the Hessian; not counted as products."""
-        for graph in self._graphs:
-            yield partial(self._part, graph)
+        for graphs in self._graphs.by_batch():
+            yield partial(summed, self._part, graphs)
 
     def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
         # A gradient without grad_fn is constant: its row of the Hessian is zero.
