@@ -47,7 +47,7 @@ def scanned(root, out, **settings):
         **settings,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda result, folder: None)  # the page is tested where it is made
+        patch.setattr(report, "write", lambda result, folder, audit: None)  # the page is tested where it is made
         report.measure(chosen, progress=False)
     return out
 

@@ -6,47 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.errors import MismatchError, UsageError
+from sharpscope.models.wrappers import bare_names
 from sharpscope.partition import Granularity, partition
 from sharpscope.recipe import Recipe
 
-# Wrappers leave these anywhere in a name, ...
-_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# ... and these before every name (WiSE-FT keeps its head beside the model it wraps).
-_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.")
-_HEAD = "classification_head."
 _LISTED = 20  # layers in a message
-
-
-def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return key -> name without what wrappers (DDP, FSDP, compile, WiSE-FT) put before and into it.
-
-    A prefix is taken off only if every key has it, a head apart.
-
-    Raises
-    ------
-    ModelError
-        If two keys would have one name.
-
-    Examples
-    --------
-    >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
-    'visual.proj'
-    """
-    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
-    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
-    seen: dict[str, str] = {}
-    for key, name in names.items():
-        if name in seen:
-            raise ModelError(f"{seen[name]!r} and {key!r} are the same tensor {name!r}", "save it once")
-        seen[name] = key
-    return names
-
-
-def _on_all(prefix: str, names: Collection[str]) -> bool:
-    inside = [name for name in names if not name.startswith(_HEAD)]
-    return bool(inside) and all(name.startswith(prefix) for name in inside)
 
 
 def _containers(names: Iterable[str]) -> set[str]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sharpscope.errors import MismatchError, ModelError
-from sharpscope.merging.names import bare_names
-from sharpscope.merging.weights import Weights
+from sharpscope.models.weights import Weights
 
 _ONE = "two checkpoints of one architecture, saved by the same library"
 
@@ -21,7 +20,7 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     MismatchError
         If a name, a shape or a kind of number differs between the two; the first is named.
     """
-    names, theirs = bare_names(fine_tuned.keys), bare_names(zero_shot.keys)
+    names, theirs = fine_tuned.names, zero_shot.names
     place = {name: key for key, name in theirs.items()}
     # Older versions of transformers saved these indices, newer ones make them.
     if odd := sorted(n for n in place.keys() ^ set(names.values()) if not n.endswith("position_ids")):
@@ -44,8 +43,6 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
 
 
 def _way_out(odd: Sequence[str]) -> str:
-    if any("lora_" in name for name in odd):
-        return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
     if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
         return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
     return _ONE

@@ -13,7 +13,8 @@ from sharpscope._version import __version__
 from sharpscope.errors import MismatchError, ModelError
 from sharpscope.merging.names import alphas_of, layers_of
 from sharpscope.merging.pairing import check_configurations, partners_of
-from sharpscope.merging.weights import TorchFile, Weights
+from sharpscope.models.weight_files import TorchFile
+from sharpscope.models.weights import Weights
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
 from sharpscope.recipe import CONVENTION, Recipe
@@ -184,7 +185,7 @@ def merge_plan(
     Parameters
     ----------
     zero_shot, fine_tuned
-        See :func:`sharpscope.merging.weights.read_weights`. The result has the keys, dtypes and files of the second.
+        See :func:`sharpscope.models.weights.read_weights`. The result has the keys, dtypes and files of the second.
     recipe
         Layer patterns and alphas.
     granularity, scanned

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ModelError, SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan, merge_plan
-from sharpscope.merging.weights import Weights, read_weights
+from sharpscope.models.weights import Weights, read_weights
 from sharpscope.recipe import Recipe
 from sharpscope.tree import fingerprint
 

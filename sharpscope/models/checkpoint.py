@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line, imported
-from sharpscope.models.tensors import is_pickled_code, read_tensors
+from sharpscope.models.tensors import read_tensors
 from sharpscope.models.transfer import check_finite_weights
+from sharpscope.models.weight_files import is_pickled_code
 
 __all__ = ["is_pickled_code", "read_config", "read_image_processor", "read_model", "read_tokenizer", "transformers"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sharpscope.errors import UsageError
-from sharpscope.models.tensors import SUFFIXES
+from sharpscope.models.weights import SUFFIXES
 
 Kind = Literal["directory", "file", "hub", "oc", "timm", "py"]
 FORMS = (
