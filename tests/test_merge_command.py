@@ -10,12 +10,14 @@ import pytest
 import torch
 from nets import Vit, images
 from safetensors.torch import load_file
+from saved import CLASSES, KINDS
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
 import sharpscope.commands.report as report
 from sharpscope import cli, config
 from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.models import load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
@@ -155,7 +157,7 @@ def test_a_checkpoint_that_was_moved_is_named_anew(run, copy):
     (root / "base").rename(root / "elsewhere")
     code, _, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m")
     assert code == 2
-    assert "there are no weights at" in err
+    assert "there is no model at" in err
     code, out, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m", "--zero-shot", root / "elsewhere")
     assert code == 0, err
     assert "sketch: " in out
@@ -284,6 +286,25 @@ def test_a_recommendation_without_a_scan_says_so(world):
     advice = replace(ss.open(world / "scan").recommend(), scan=None)
     with pytest.raises(UsageError, match="not of a saved scan"):
         advice.merge("m")
+
+
+@pytest.mark.parametrize("kind", ["transformers CLIP tower, bare", "transformers SigLIP tower, prefixed"])
+def test_a_tower_is_merged_by_the_layers_of_the_scan_and_stays_a_tower(run, tmp_path, kind):
+    saved = KINDS[kind](tmp_path)
+    data = ss.Split([(torch.randn(6, 3, clips.SIDE, clips.SIDE), torch.arange(6) % 3)], "id", classes=CLASSES)
+    ends = load_pair(saved.zero_shot, saved.fine_tuned)
+    ss.scan(*ends, data, alphas=3, measures=[], progress=False).save(tmp_path / "scan")
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["visual.block.01", 0.0], ["*", 1.0]]'
+    (tmp_path / "r.toml").write_text(rules)
+    code, out, err = run("merge", tmp_path / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert "loaded again: " in out
+    found, tuned = (load_file(f"{folder}/model.safetensors") for folder in (tmp_path / "m", saved.fine_tuned))
+    whole = load_file(f"{saved.zero_shot}/model.safetensors")
+    assert found.keys() == tuned.keys()
+    for name, tensor in found.items():
+        start = whole[f"vision_model.{name.removeprefix('vision_model.')}"]
+        assert torch.equal(tensor, start if ".layers.1." in name else tuned[name]), name
 
 
 # --- predictions

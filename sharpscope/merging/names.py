@@ -25,14 +25,19 @@ def _containers(names: Iterable[str]) -> set[str]:
 
 
 def layers_of(
-    keys: Sequence[str], granularity: Granularity, scanned: Mapping[str, Sequence[str]] | None = None
+    names: Mapping[str, str],
+    whole: Collection[str],
+    granularity: Granularity,
+    scanned: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, str]:
     """Return key -> layer id, in depth order.
 
     Parameters
     ----------
-    keys
-        Keys of the floating-point tensors of a checkpoint.
+    names
+        Key -> name in the model, of the floating-point tensors of a checkpoint.
+    whole
+        All such names of the model, of which the checkpoint may hold one tower.
     granularity
         See :func:`sharpscope.partition.partition`.
     scanned
@@ -43,13 +48,12 @@ def layers_of(
     MismatchError
         If the scan had a tensor that the checkpoint lacks.
     """
-    names = bare_names(keys)
-    found = partition([*names.values()], granularity=granularity, containers=_containers(names.values()))
+    found = partition([*whole], granularity=granularity, containers=_containers(whole))
     by_rule = {name: layer for layer, mine in found.layers.items() for name in mine}
     by_scan = {name: layer for layer, mine in (scanned or {}).items() for name in mine}
     bare = bare_names(by_scan)
     by_bare = {bare[name]: layer for name, layer in by_scan.items()}
-    present = names.keys() | set(names.values())
+    present = {*names, *whole}
     made = any(layer.partition(".")[0] == "text" for layer in by_rule.values())  # of the text tower: the head
     lost = [n for n in by_scan if n not in present and bare[n] not in present and not (made and n.startswith("head."))]
     if lost:
@@ -58,7 +62,9 @@ def layers_of(
             "merge the checkpoints that were scanned",
         )
     keys_of = {name: key for key, name in names.items()}
-    return {keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items()}
+    return {
+        keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items() if n in keys_of
+    }
 
 
 def alphas_of(recipe: Recipe, layers: Collection[str]) -> dict[str, float]:

@@ -200,8 +200,9 @@ def merge_plan(
     """
     partners = partners_of(zero_shot, fine_tuned)
     check_configurations(zero_shot, fine_tuned)
-    floating = [key for key in fine_tuned.keys if fine_tuned.spec(key).dtype.is_floating_point]
-    homes = layers_of(floating, granularity, scanned)
+    whole = {key: name for key, name in zero_shot.names.items() if zero_shot.spec(key).dtype.is_floating_point}
+    names = {key: whole[partner] for key, partner in partners.items() if partner in whole}
+    homes = layers_of(names, whole.values(), granularity, scanned)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
     homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
     plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sharpscope.models.weights import Weights, read_weights
+from sharpscope.models.weights import Weights, weights_at
 from sharpscope.models.wrappers import HEAD
 
 
@@ -76,5 +76,5 @@ def stored_head(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] |
 
 
 def read_tensors(where: Path, *, first: str = "") -> Tensors:
-    """Return the tensors of a directory or file; see :func:`~sharpscope.models.weights.read_weights`."""
-    return Tensors(read_weights(where, first=first))
+    """Return the tensors of a directory or file; see :func:`~sharpscope.models.weights.weights_at`."""
+    return Tensors(weights_at(where, first=first))

@@ -18,6 +18,7 @@ from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line
 from sharpscope.models.wrappers import unwrapped
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 AGAIN = "copy or save the checkpoint anew"
 UNREADABLE = (
     OSError,

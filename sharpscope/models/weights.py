@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line
-from sharpscope.models.weight_files import AGAIN, UNREADABLE, SafetensorsFile, Spec, TorchFile, WeightsFile
+from sharpscope.models.reference import FORMS, parsed
+from sharpscope.models.weight_files import AGAIN, SUFFIXES, UNREADABLE, SafetensorsFile, Spec, TorchFile, WeightsFile
 from sharpscope.models.wrappers import bare_names, unmerged
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _NAMES = (  # in the order in which the libraries look for them
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -86,30 +86,47 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_weights(ref: str | Path, *, first: str = "") -> Weights:
-    """Return the weights of a directory, of a single file, or of a hub id that was downloaded before.
+def read_weights(ref: str | Path) -> Weights:
+    """Return the weights that a reference of :func:`sharpscope.load` means, without a model around them.
 
     Parameters
     ----------
     ref
+        A directory, a file, ``oc:NAME/FILE``, ``timm:NAME/FILE``, ``oc:DIR``, or a hub id that was downloaded before.
+
+    Raises
+    ------
+    UsageError
+        If there is nothing, or it is a name and not a file.
+    ModelError
+        See :func:`weights_at`.
+    """
+    reference = parsed(ref)
+    if reference.kind == "hub":
+        return weights_at(_downloaded(reference.name))
+    place = reference.file if reference.kind in ("oc", "timm") else reference.path
+    if place is None or reference.kind == "py":
+        raise UsageError(f"{str(ref)!r} names no file of weights", FORMS)
+    return weights_at(place, first="open_clip_" if reference.weights == "oc" else "")
+
+
+def weights_at(place: Path, *, first: str = "") -> Weights:
+    """Return the weights of a directory or of a single file.
+
+    Parameters
+    ----------
+    place
         A directory as transformers, open_clip or timm save it (one file or shards), a ``.safetensors`` file, or a
-        state dict written by ``torch.save``, also one under ``state_dict`` beside other things. ``hf:`` may precede it.
+        state dict written by ``torch.save``, also one under ``state_dict`` beside other things.
     first
         How names of files begin that are preferred: a directory may hold a model for two libraries.
 
     Raises
     ------
-    UsageError
-        If there is nothing.
     ModelError
         If a shard is missing, a file is damaged or pickled code, or holds adapters that are not merged.
     """
-    text = str(ref).removeprefix("hf:")
-    place = Path(text).expanduser()
-    if not place.exists():
-        place = _downloaded(text)
-    # Absolute, but not resolved: the hub's files are links to files without an ending.
-    root = place.absolute()
+    root = place.absolute()  # not resolved: the hub's files are links to files without an ending
     if root.is_file():
         return Weights(root, [root])
     if (root / "adapter_config.json").is_file():
@@ -129,16 +146,13 @@ def _adapters(root: Path, found: str) -> ModelError:
     )
 
 
-def _downloaded(text: str) -> Path:
-    missing = UsageError(f"there are no weights at {text!r}", "a directory, or a .safetensors, .pt or .bin file")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or Path(text).parent.is_dir():
-        raise missing
+def _downloaded(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(text, local_files_only=True))
+        return Path(snapshot_download(name, local_files_only=True))
     except (ImportError, OSError, ValueError) as error:
-        raise missing from error
+        raise UsageError(f"there are no weights at {name!r}", FORMS) from error
 
 
 def _only_file(root: Path) -> Path:
