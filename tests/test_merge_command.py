@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 
 import clips
 import numpy as np
@@ -21,6 +23,8 @@ from sharpscope.models import load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
+from sharpscope.result import ScanResult
+from sharpscope.stragglers.recipes import recipe_key
 
 
 @pytest.fixture
@@ -281,8 +285,6 @@ def test_a_checkpoint_that_lacks_a_scanned_tensor_is_refused(world):
 
 
 def test_a_recommendation_without_a_scan_says_so(world):
-    from dataclasses import replace
-
     advice = replace(ss.open(world / "scan").recommend(), scan=None)
     with pytest.raises(UsageError, match="not of a saved scan"):
         advice.merge("m")
@@ -308,6 +310,50 @@ def test_a_tower_is_merged_by_the_layers_of_the_scan_and_stays_a_tower(run, tmp_
 
 
 # --- predictions
+
+
+@pytest.fixture(scope="module")
+def tried(world):
+    """The folder of a scan of the same that tried recipes, and the first of these with an alpha per layer."""
+    folder = scanned(world, world / "tried", recipes=True)
+    trials = ss.open(folder).meta["recipes"]["trials"]
+    return folder, next(trial for trial in trials if trial["rules"] and len({alpha for _, alpha in trial["rules"]}) > 1)
+
+
+def test_a_recipe_per_layer_that_was_tried_is_predicted_and_comes_out_as_in_the_search(run, tried, tmp_path):
+    folder, trial = tried
+    rules = json.dumps([[pattern, float(alpha)] for pattern, alpha in trial["rules"]])
+    (tmp_path / "r.toml").write_text(f'alpha_convention = "{CONVENTION}"\nrules = {rules}')
+    code, out, err = run("merge", folder, "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in out.splitlines()[-2:]] == ["id", "sketch"]
+    assert all(line.endswith(", 0 images judged otherwise than in the scan") for line in out.splitlines()[-2:])
+
+
+def test_a_recipe_per_layer_is_recommended_when_asked_for_and_better(run, tried, tmp_path):
+    """Every image is planted to be judged right with the first recipe tried."""
+    folder, trial = tried
+    known = ss.open(folder)
+
+    def planted(cell):
+        right = np.ones_like(cell.arrays["correct"])
+        return replace(cell, arrays={**cell.arrays, "correct": right})
+
+    mine = {recipe_key(split, trial["key"]) for split in ("id", "sketch")}
+    ScanResult([planted(c) if c.key in mine else c for c in known.cells], known.meta).save(tmp_path / "scan")
+    expected = Recipe(tuple((pattern, float(alpha)) for pattern, alpha in trial["rules"]))
+    for flags, recipe in (([], Recipe.uniform(known.recommend().alpha)), (["--per-layer"], expected)):
+        code, out, _ = run("merge", tmp_path / "scan", *flags, "--out", tmp_path / "m", "--dry-run")
+        assert code == 0
+        found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()[1:-1]}
+        visual = [layer for layer in found if layer.startswith("visual")]
+        assert {layer: found[layer] for layer in visual} == pytest.approx(recipe.alphas(visual), abs=1e-5)
+
+
+def test_a_scan_without_recipes_has_none_per_layer_to_recommend(run, world, tmp_path):
+    code, _, err = run("merge", world / "scan", "--per-layer", "--out", tmp_path / "m")
+    assert code == 2
+    assert "no recipes were tried in this scan" in err
 
 
 def test_the_prediction_is_the_wilson_interval_of_the_scanned_point(world):

@@ -42,6 +42,8 @@ class Request:
         Where the checkpoints are, if not where the scan read them.
     keep_id
         Points of ID accuracy that the recommendation may give up.
+    per_layer
+        Whether it may have an alpha per layer, if the scan tried such recipes and the best one beats a single alpha.
     id, ood
         Data to judge the result on, if not those of the scan.
     """
@@ -51,6 +53,7 @@ class Request:
     zero_shot: str | None = None
     fine_tuned: str | None = None
     keep_id: float | None = None
+    per_layer: bool = False
     id: str | None = None
     ood: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,7 +99,7 @@ def _recipe(request: Request, result: ScanResult | None) -> RecipeFile:
     if request.recipe == RECOMMENDED:
         if result is None:
             raise UsageError("only a scan recommends a recipe", "name its folder, or --recipe NUMBER or FILE")
-        recipe = result.recommend(request.keep_id).recipe
+        recipe = result.recommend(request.keep_id, per_layer=request.per_layer).recipe
     else:
         try:
             recipe = Recipe.uniform(float(request.recipe))
