@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
 import sharpscope.commands.report as report
-from sharpscope import cli, config
+from sharpscope import config
 from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.models import load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
@@ -25,20 +25,6 @@ from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.recipes import recipe_key
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return exit code, stdout and stderr."""
-
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.app([str(argument) for argument in arguments], prog_name="sharpscope")
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return called
 
 
 def scanned(root, out, **settings):
