@@ -89,6 +89,10 @@ def main() -> None:
         batch = chosen.batch or size.batch
         batches = tuple(Batch(*pair) for pair in zip(x.split(batch), y.split(batch), strict=True))
         objective, memory, rows = Objective(net.forward, cross_entropy, batches), {}, []
+        first = Objective(net.forward, cross_entropy, batches[:1])
+        warm = Point(first, {**buffers, **path(0.0)}, layers(net.module).names)
+        warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
+        del warm
         for alpha in chosen.alphas:
             row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory)
             rows.append({"alpha": alpha, **row})
