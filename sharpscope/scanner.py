@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
+from sharpscope.errors import SharpscopeError, UsageError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
@@ -21,6 +24,7 @@ from sharpscope.partition import Granularity
 from sharpscope.plan import Job, Plan, alphas_from, prepare
 from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
+from sharpscope.ranks import Parallel, Ranks, joined
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
 from sharpscope.table import Cell, Row, cell_key
@@ -28,8 +32,8 @@ from sharpscope.tree import Tree
 
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
-    batches = (batch.to(job.device) for batch in split)
-    examples = per_example(job.objective.forward, weights, batches, job.columns(split))
+    batches = job.batches(split, job.team)
+    examples = per_example(job.objective.forward, weights, batches, job.columns(split), job.team)
     check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
     return evaluation_cell(alpha, split.name, examples)
 
@@ -61,7 +65,7 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
     if not missing:
         return
-    guesses = memory.before(index, str(job.device))
+    guesses = {} if plan.begins(index) else memory.before(index, str(job.device))
     point = Point(job.objective, weights, job.layers.names, memory=guesses, delta=job.path.delta)
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
     for measure in missing:
@@ -75,15 +79,37 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
 
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
     """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again."""
-    for index, alpha in enumerate(plan.alphas):
 
-        def tick(measure: str, what: str, index: int = index) -> None:
-            progress.step(index, measure, what)
+    def measured(index: int) -> Iterator[Cell]:
+        return _cells_at(job, plan, index, journal, memory, partial(progress.step, index))
 
-        for cell in _cells_at(job, plan, index, journal, memory, tick):
-            journal.append(cell)
-            yield cell
-        progress.alpha_done(index, alpha)
+    for indices in plan.rounds:
+        together = ((index, measured(index)) for index in indices)
+        for index, found in _apart(job.ranks, indices, measured) if job.parallel == "alphas" else together:
+            for cell in found:
+                journal.append(cell)
+                yield cell
+            progress.alpha_done(index, plan.alphas[index])
+
+
+def _apart(
+    ranks: Ranks, indices: Sequence[int], measured: Callable[[int], Iterator[Cell]]
+) -> Iterator[tuple[int, Iterable[Cell]]]:
+    """Yield each alpha with its cells, found by one rank each; what was found before an error comes before it."""
+    mine: list[tuple[int, list[Cell], SharpscopeError | None]] = []
+    for index in indices[ranks.rank :: ranks.size]:
+        done: list[Cell] = []
+        mine.append((index, done, None))
+        try:
+            for cell in measured(index):
+                done.append(cell)
+        except SharpscopeError as failure:
+            mine[-1] = (index, done, failure)
+            break
+    found = sorted(ranks.gathered(mine), key=lambda entry: entry[0])
+    yield from ((index, done) for index, done, _ in found)
+    if error := next((error for _, _, error in found if error), None):
+        raise error
 
 
 def _measured(
@@ -140,6 +166,8 @@ def scan(
     fresh: bool = False,
     device: str | None = None,
     precision: Precision = "highest",
+    chains: int = 1,
+    parallel: Parallel | None = None,
     progress: bool | None = None,
 ) -> ScanResult:
     """Return sharpness, per layer and global, and accuracy along the path from ``model_a`` to ``model_b``.
@@ -191,6 +219,13 @@ def scan(
     precision
         Of float32 matrix products on a GPU: ``highest`` (full float32) or ``high`` (TF32: faster; a block product
         differed by 4e-4). Set for the scan only, and recorded.
+    chains
+        Runs of neighbouring alphas that are measured independently of each other: the first alpha of each starts its
+        eigenvector searches from the gradient, not from its neighbour's eigenvectors. Part of the plan.
+    parallel
+        What the processes of torch's default process group share, if there are several: ``"data"``, the batches of
+        every product, or ``"alphas"``, the chains. Default: ``"alphas"`` if there is a chain for each, else
+        ``"data"``. Neither changes a number. The first process writes and shows progress; all return the result.
     progress
         False for none; default a bar on a terminal, else a line per alpha, on stderr.
 
@@ -206,7 +241,6 @@ def scan(
     Cost for a network of L layers: some 50 to 150 gradients over ``limit`` images per alpha with the default
     measures, plus one forward over all data sets.
     """
-    started = time.monotonic()
     plan = Plan(
         alphas=alphas_from(alphas),
         measures=measures_from(measures),
@@ -218,24 +252,68 @@ def scan(
         loss_name=loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
         label_smoothing=label_smoothing,
         precision=precision,
+        chains=chains,
     )
-    id_split = as_split(loader, "id", progress=progress)
-    ood_splits = [
-        as_split(data, name, progress=progress).named(name).numbered_as(id_split.classes)
-        for name, data in (ood or {}).items()
-    ]
-    curvature = id_split
-    if sharpness_on is not None:
-        curvature = as_split(sharpness_on, "sharpness", progress=progress).numbered_as(id_split.classes)
-    folder = None if out is None else FilePath(out)
-    with matmul_precision(precision):
-        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+    started = time.monotonic()
+    with joined() as ranks, matmul_precision(precision):
+        shared, show = parallel_from(parallel, plan.chains, ranks), progress if ranks.leads else False
+        id_split = as_split(loader, "id", progress=show)
+        ood_splits = [
+            as_split(data, name, progress=show).named(name).numbered_as(id_split.classes)
+            for name, data in (ood or {}).items()
+        ]
+        curvature = id_split
+        if sharpness_on is not None:
+            curvature = as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
+        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
-        journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-        found = _measured(job, plan, moves, searched, journal, Memory(folder), progress)
+        folder = None if out is None else FilePath(out)
+        journal = _journal(job, plan, folder, fresh)
+        memory = Memory(folder, job.team)
+        found = _measured(job, plan, moves, searched, journal, memory, show)
+        if shared == "alphas":
+            job.counts = sum(ranks.gathered([job.counts]), Counter())
         result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
-    if folder is not None:
-        result.save(folder)
-        Memory(folder).clear()
+        if folder is not None and ranks.leads:
+            result.save(folder)
+            Memory(folder).clear()
     return result
+
+
+def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks) -> Parallel:
+    """Return what the ranks share: by default the chains if there is one for each, else the data.
+
+    Raises
+    ------
+    UsageError
+        If chains are to be shared and there are fewer than ranks.
+    """
+    if chosen not in (None, "data", "alphas"):
+        raise UsageError(f"parallel={chosen!r}", "'data' or 'alphas'")
+    if chosen == "alphas" and chains < ranks.size:
+        raise UsageError(
+            f"{ranks.size} processes are to share the alphas, which form {chains} chain(s)",
+            f"chains={ranks.size} (it is part of the plan: chains do not know each other's eigenvectors), "
+            "or parallel='data'",
+        )
+    return chosen or ("alphas" if ranks.size > 1 and chains >= ranks.size else "data")
+
+
+def _journal(job: Job, plan: Plan, folder: FilePath | None, fresh: bool) -> Journal:
+    """Return the journal: on rank 0 the one in the folder, on others its cells in memory."""
+    identity, ranks = job.identity(plan), job.ranks
+    ranks.check_equal({**identity, "device": str(job.provenance["device"])})
+    opened: list[Journal] = []
+
+    def cells_there() -> list[Cell]:
+        opened.append(Journal(folder and folder / "cells.jsonl", identity, fresh=fresh))
+        return list(opened[0])
+
+    known = ranks.led(cells_there)
+    if opened:
+        return opened[0]
+    copy = Journal(None, identity)
+    for cell in known:
+        copy.append(cell)
+    return copy
