@@ -76,6 +76,8 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _show(result: ScanResult, folder: str | Path) -> None:
+    if _rank():
+        return
     typer.echo(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
 
 
@@ -191,9 +193,7 @@ def report(
     if dry_run:
         typer.echo(plan_line(chosen))
         return
-    result = measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit)
-    if not _rank():
-        _show(result, chosen.out)
+    _show(measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit), chosen.out)
 
 
 def _again(folder: str, besides: list[str], audit: str | None) -> None:

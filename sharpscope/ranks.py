@@ -219,10 +219,9 @@ def launched(device: str | None) -> Iterator[bool]:
 
 def own_device(chosen: str) -> torch.device:
     """Return the device, for ``cuda`` among several processes of a machine the GPU that is this one's."""
-    place = torch.device(chosen)
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if place.type != "cuda" or place.index is not None or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
-        return place
+    if chosen != "cuda" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return torch.device(chosen)
     if local >= torch.cuda.device_count():
         raise UsageError(
             f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, and there are {torch.cuda.device_count()} "
