@@ -82,6 +82,7 @@ SIZES = {
         batch=32,
         rate=1e-5,
         steps={"random": 0, "trained": 50, "converged": 200},
+        probe_batch=32,
     ),
 }
 STATES = ("random", "trained", "converged")

@@ -197,6 +197,25 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group(group)  # not after an error: that would wait for ranks that are gone
 
 
+def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks) -> Parallel:
+    """Return what the ranks share: by default the chains if there is one for each, else the data.
+
+    Raises
+    ------
+    UsageError
+        If chains are to be shared and there are fewer than ranks.
+    """
+    if chosen not in (None, "data", "alphas"):
+        raise UsageError(f"parallel={chosen!r}", "'data' or 'alphas'")
+    if chosen == "alphas" and chains < ranks.size:
+        raise UsageError(
+            f"{ranks.size} processes are to share the alphas, which form {chains} chain(s)",
+            f"chains={ranks.size} (it is part of the plan: chains do not know each other's eigenvectors), "
+            "or parallel='data'",
+        )
+    return chosen or ("alphas" if ranks.size > 1 and chains >= ranks.size else "data")
+
+
 @contextmanager
 def launched(device: str | None) -> Iterator[bool]:
     """Be in the process group of the processes that ``torchrun`` started, where it started this one.

@@ -12,7 +12,7 @@ from typing import Any
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
-from sharpscope.errors import SharpscopeError, UsageError
+from sharpscope.errors import SharpscopeError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
@@ -24,7 +24,7 @@ from sharpscope.partition import Granularity
 from sharpscope.plan import Job, Plan, alphas_from, prepare
 from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
-from sharpscope.ranks import Parallel, Ranks, joined
+from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
 from sharpscope.table import Cell, Row, cell_key
@@ -279,25 +279,6 @@ def scan(
             result.save(folder)
             Memory(folder).clear()
     return result
-
-
-def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks) -> Parallel:
-    """Return what the ranks share: by default the chains if there is one for each, else the data.
-
-    Raises
-    ------
-    UsageError
-        If chains are to be shared and there are fewer than ranks.
-    """
-    if chosen not in (None, "data", "alphas"):
-        raise UsageError(f"parallel={chosen!r}", "'data' or 'alphas'")
-    if chosen == "alphas" and chains < ranks.size:
-        raise UsageError(
-            f"{ranks.size} processes are to share the alphas, which form {chains} chain(s)",
-            f"chains={ranks.size} (it is part of the plan: chains do not know each other's eigenvectors), "
-            "or parallel='data'",
-        )
-    return chosen or ("alphas" if ranks.size > 1 and chains >= ranks.size else "data")
 
 
 def _journal(job: Job, plan: Plan, folder: FilePath | None, fresh: bool) -> Journal:

@@ -20,8 +20,7 @@ from sharpscope.curvature.trace import Trace
 from sharpscope.errors import UsageError
 from sharpscope.journal import encode
 from sharpscope.perturbation import AverageMSharpness, MSharpness
-from sharpscope.ranks import Ranks
-from sharpscope.scanner import parallel_from
+from sharpscope.ranks import Ranks, parallel_from
 from sharpscope.search import RecipeSearch
 
 # 14 images in batches of 3: five batches, so shares of 2 and 3 or of 1, 2 and 2, the last with a smaller batch.
@@ -196,6 +195,29 @@ def test_alphas_are_shared_by_default_where_there_is_a_chain_for_each_process():
         parallel_from("alphas", 1, two)
     with pytest.raises(UsageError, match="chains=6 of 5 alphas"):
         scan(None, chains=6)
+
+
+def test_a_process_of_torchrun_joins_its_group_and_leaves_it(monkeypatch, tmp_path):
+    with ranks.launched(None) as leads:
+        assert leads
+        assert not dist.is_initialized()
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    for name, value in {**torchrun, "MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    with ranks.launched("cpu") as leads:
+        assert leads
+        assert dist.get_backend() == "gloo"
+        with ranks.joined() as alone:
+            assert alone == ranks.ALONE
+    assert not dist.is_initialized()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    monkeypatch.setenv("LOCAL_RANK", "98")
+    with pytest.raises(UsageError, match=r"torchrun started 99 processes, and there are .* GPUs"):
+        ranks.own_device("cuda")
+    assert ranks.own_device("cpu") == torch.device("cpu")
 
 
 @settings(max_examples=60, deadline=None)
