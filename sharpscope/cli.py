@@ -277,6 +277,9 @@ def merge(
     keep_id: Annotated[
         float | None, typer.Option(metavar="POINTS", help="ID accuracy the recommendation may give up, e.g. -0.5.")
     ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Recommend an alpha per layer, if that beats one for all.")
+    ] = False,
     zero_shot: Annotated[
         str | None, typer.Option(metavar="REF", help="Its weights, if not where the scan read them.")
     ] = None,
@@ -290,7 +293,7 @@ def merge(
     from sharpscope.commands.merge import Request, merged, prepared
     from sharpscope.config import named_places
 
-    ready = prepared(Request(recipe, folder, zero_shot, fine_tuned, keep_id, id, named_places(ood or [])))
+    ready = prepared(Request(recipe, folder, zero_shot, fine_tuned, keep_id, per_layer, id, named_places(ood or [])))
     typer.echo(repr(ready.plan))
     if not dry_run:
         for line in merged(ready, out, overwrite=overwrite):

@@ -41,6 +41,10 @@ class MismatchError(SharpscopeError):
     exit_code = 4
 
 
+class OutputError(SharpscopeError):
+    """An output folder that cannot be written, or that another process is writing."""
+
+
 class GateError(SharpscopeError):
     """A gate that was measured and did not pass."""
 

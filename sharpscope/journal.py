@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sharpscope.errors import UsageError
+from sharpscope.storage import writing
 from sharpscope.table import Array, Cell, Row
 
 FORMAT = 1
@@ -53,7 +54,10 @@ def decode(line: str) -> Cell:
 def replace_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader never sees half a file."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before what it names
     beside.replace(path)
 
 
@@ -104,18 +108,19 @@ class Journal:
         if path is not None and not fresh and path.exists() and b"\n" in path.read_bytes():
             self._resume(path)
         elif path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path, json.dumps({"format": FORMAT, "plan": self.plan}), "wb")
 
     def _resume(self, path: Path) -> None:
         header, cells, size = read(path)
-        theirs = header["plan"]
-        differing = sorted(k for k in self.plan.keys() | theirs.keys() if self.plan.get(k) != theirs.get(k))
+        theirs, ours = _leaves(header["plan"]), _leaves(self.plan)
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
             name = differing[0]
             raise UsageError(
                 f"{path} belongs to another scan: {', '.join(differing)} differ "
-                f"({name}: {_short(theirs.get(name))} there, {_short(self.plan.get(name))} now)",
+                f"({name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} now)",
                 "choose another --out, or --fresh (fresh=True) to discard it",
             )
         os.truncate(path, size)
@@ -123,7 +128,7 @@ class Journal:
 
     @staticmethod
     def _write(path: Path, line: str, mode: str) -> None:
-        with path.open(mode) as file:
+        with writing(path), path.open(mode) as file:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -147,6 +152,16 @@ class Journal:
         self._cells[cell.key] = cell
 
 
+def _leaves(plan: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the settings of a plan by their names, those of a measure as ``measures.trace.relative``."""
+    found: dict[str, Any] = {}
+    for name, value in plan.items():
+        found |= _leaves(value, f"{above}{name}.") if isinstance(value, dict) and value else {above + name: value}
+    return found
+
+
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = [item[:12] for item in value]  # hashes: that of the second model must be seen too
+    text = "nothing" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sharpscope.ranks import ALONE, Ranks
+from sharpscope.storage import writing
 from sharpscope.tree import Tree
 
 _SEPARATOR = "::"  # safetensors is flat: "lambda_max/visual.proj::visual_projection.weight"
@@ -57,12 +60,25 @@ class Memory:
         if self.folder is None or not found or not self._ranks.leads:
             return
         flat = {f"{m}{_SEPARATOR}{n}": t.contiguous() for m, tree in found.items() for n, t in tree.items()}
-        beside = self._path(index).with_suffix(".part")
-        save_file(flat, beside)
-        beside.replace(self._path(index))
-        self._path(index - 2).unlink(missing_ok=True)
+        with writing(self._path(index)):
+            _write(flat, self._path(index))
+            self._path(index - 2).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the files of a scan that has ended or is begun anew."""
-        for path in self.folder.glob("memory-*.safetensors") if self.folder and self._ranks.leads else ():
+        for path in self.folder.glob("memory-*") if self.folder and self._ranks.leads else ():
             path.unlink()
+
+
+def _write(flat: Tree, path: Path) -> None:
+    """Write the file, on disk before this returns, or nothing."""
+    beside = path.with_suffix(".part")
+    try:
+        save_file(flat, beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(str(error)) from error
+    finally:
+        beside.unlink(missing_ok=True)

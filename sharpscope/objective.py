@@ -33,6 +33,16 @@ class Batch(NamedTuple):
             inputs = self.inputs.to(device)
         return Batch(inputs, self.targets.to(device))
 
+    def split(self, pieces: int) -> list[Batch]:
+        """Return the examples in so many batches, as even as may be, or fewer."""
+        targets = self.targets.tensor_split(pieces)
+        if isinstance(self.inputs, Mapping):
+            columns = {name: tensor.tensor_split(pieces) for name, tensor in self.inputs.items()}
+            inputs: list[Any] = [{name: parts[i] for name, parts in columns.items()} for i in range(pieces)]
+        else:
+            inputs = list(self.inputs.tensor_split(pieces))
+        return [Batch(x, y) for x, y in zip(inputs, targets, strict=True) if len(y)]
+
 
 Forward = Callable[[Tree, Any], Tensor]
 
@@ -51,6 +61,9 @@ class Objective:
         ``(outputs, targets) -> sum over examples``.
     batches
         Fixed; the same at every point of a path.
+    pieces
+        That each batch is computed in, where it would take too much memory as a whole: no number changes beyond
+        rounding, and probes go with batches, not pieces.
     ranks
         Processes that all hold this objective and share its batches: each computes on a run of them, and all have
         the same sums. Then every method but :meth:`outputs` and :meth:`part` is collective.
@@ -59,6 +72,7 @@ class Objective:
     forward: Forward
     loss: Loss
     batches: tuple[Batch, ...]
+    pieces: int = 1
     ranks: Ranks = ALONE
 
     @property
@@ -99,11 +113,14 @@ class Objective:
 
         def parts() -> Iterator[Tree]:
             for batch in self.own_batches:
-                with torch.enable_grad():
-                    part = self.part(here, batch)
-                found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
-                losses.append(float(part.detach()))
-                yield dict(zip(leaves, found, strict=True))
+                total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+                for piece in batch.split(self.pieces):
+                    with torch.enable_grad():
+                        part = self.part(here, piece)
+                    found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
+                    total = [t + f for t, f in zip(total, found, strict=True)]
+                    losses.append(float(part.detach()))
+                yield dict(zip(leaves, total, strict=True))
 
         total = self.summed(parts(), leaves)
         return sum(self.ranks.gathered(losses)), total

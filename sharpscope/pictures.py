@@ -117,6 +117,7 @@ class PictureBatches:
         self._notes = tuple(notes)
         self._threads = threads
         self.unreadable: dict[str, str] = {}
+        self._read_before = False
 
     def __len__(self) -> int:
         return -(-len(self._pictures) // self._batch_size)
@@ -158,7 +159,12 @@ class PictureBatches:
                 yield done, future.result()
 
     def _refuse(self, picture: Picture, reason: str) -> None:
-        """Count an unreadable picture; raise if they are too many."""
+        """Count an unreadable picture; raise if they are too many, or if it could be read before."""
+        if self._read_before and picture.name not in self.unreadable:
+            raise DataError(
+                f"{picture.name} of {self._name!r} could be read before and now cannot: {reason}",
+                "restore it and run the same again: what was finished is kept",
+            )
         self.unreadable[picture.name] = reason
         if len(self.unreadable) > self._max_unreadable * len(self._pictures):
             raise DataError(
@@ -188,6 +194,7 @@ class PictureBatches:
                 images, labels = [], []
         if images:
             yield Batch(torch.stack(images), torch.tensor(labels))
+        self._read_before = True
 
 
 def decoded(picture: Picture) -> Image.Image:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,7 @@ class Job:
     warnings: list[str]
     ranks: Ranks = ALONE
     parallel: Parallel = "data"
+    graph_bytes: int | None = None  # that kept graphs may take, see Point
     counts: Counter[str] = field(default_factory=Counter)
 
     def weights(self, alpha: float) -> Tree:
@@ -129,7 +130,8 @@ class Job:
 
     def batches(self, split: Split, ranks: Ranks) -> Iterator[Batch]:
         """Yield this rank's batches of a split, on the device."""
-        return (batch.to(self.device) for batch in ranks.mine(split, split.batch_count))
+        mine = ranks.mine(split, split.batch_count)
+        return (piece.to(self.device) for batch in mine for piece in batch.split(self.objective.pieces))
 
     def count(self, point: Point) -> None:
         """Add the point's products to the cost."""
@@ -288,7 +290,7 @@ def prepare(
         for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
-    objective = Objective(networks[0].forward, plan.loss, batches, ranks if parallel == "data" else ALONE)
+    objective = Objective(networks[0].forward, plan.loss, batches, ranks=ranks if parallel == "data" else ALONE)
     layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
     return Job(
         path=path,
@@ -324,7 +326,8 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
         split.check_labels(_classes(first, weights, split))
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
-    point = Point(first, weights, everything.names, graph_bytes=0)
+    example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused)
 
 

@@ -11,17 +11,19 @@ from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import Interval
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference, difference
+from sharpscope.stragglers.recipes import candidates
 from sharpscope.table import Array
 
 
 def scanned_answers(result: ScanResult, recipe: Recipe) -> dict[str, Array]:
     """Return name of each data set -> whether the scan saw each image judged right at this recipe, bool ``(n,)``.
 
-    Empty for a recipe that the scan did not evaluate: alphas that differ from layer to layer, or a point of the path
-    that was not measured.
+    Empty for a recipe that the scan did not evaluate: no point of the path, and none that its search tried.
     """
     alphas = {alpha for _, alpha in recipe.rules}
-    return {split: correct for (alpha, split), correct in result.correct.items() if alphas == {alpha}}
+    wanted = Recipe.uniform(alphas.pop()) if len(alphas) == 1 else recipe
+    tried = candidates(result.cells, result.meta.get("recipes"), result.correct)
+    return next((dict(candidate.correct) for candidate in tried if candidate.recipe == wanted), {})
 
 
 def predicted_accuracy(answers: Mapping[str, Array]) -> dict[str, Interval]:

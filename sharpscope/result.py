@@ -145,8 +145,8 @@ class ScanResult:
     def co_movement(self, statistic: Statistic = "kendall", interventions: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return the table of :attr:`stragglers` with another correlation (``"spearman"``, ``"pearson"``).
 
-        ``interventions`` is a frame ``layer split supported ...``: layers with a supported row of split ``"ood mean"``
-        count as supported.
+        ``interventions`` is a frame ``layer question split effect supported ...``; which of its rows make a straggler
+        says :func:`sharpscope.stragglers.wording.supported`.
         """
         error = ood_error(self.evals, self.ood_splits)
         found = co_movement(
@@ -154,6 +154,7 @@ class ScanResult:
             error,
             statistic=statistic,
             supported=supported(interventions),
+            unmoved=[name for name, facts in self.meta["layers"].items() if facts["delta_norm"] == 0],
             samples=self._samples,
             error_draws=self._error_draws(error.index.tolist()),
             seed=abs(self.meta["seed"]),
@@ -261,7 +262,8 @@ class ScanResult:
         for name in ("layers", "evals", "stragglers", "interventions", "recipes"):
             _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
-        np.savez_compressed(out / "correct.npz", **arrays)
+        np.savez_compressed(out / "correct.part.npz", **arrays)
+        (out / "correct.part.npz").replace(out / "correct.npz")
         _replace(out / "scan.json", json.dumps(self.meta, indent=1))
         return out
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
+from sharpscope.backoff import that_fit
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
-from sharpscope.errors import SharpscopeError
+from sharpscope.errors import MeasurementError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
@@ -27,6 +28,7 @@ from sharpscope.progress import Progress
 from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
+from sharpscope.storage import locked, writing
 from sharpscope.table import Cell, Row, cell_key
 from sharpscope.tree import Tree
 
@@ -66,7 +68,14 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     if not missing:
         return
     guesses = {} if plan.begins(index) else memory.before(index, str(job.device))
-    point = Point(job.objective, weights, job.layers.names, memory=guesses, delta=job.path.delta)
+    point = Point(
+        job.objective,
+        weights,
+        job.layers.names,
+        graph_bytes=job.graph_bytes,
+        memory=guesses,
+        delta=job.path.delta,
+    )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
     for measure in missing:
         known = len(point.found)
@@ -78,38 +87,69 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
 
 
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
-    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again."""
+    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again.
+
+    Raises
+    ------
+    MeasurementError
+        After all others, if alphas could not be measured.
+    """
+    faults: dict[float, MeasurementError] = {}
 
     def measured(index: int) -> Iterator[Cell]:
-        return _cells_at(job, plan, index, journal, memory, partial(progress.step, index))
+        at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
+        # Ranks that share a product cannot begin again one by one: there, running out of memory ends the scan.
+        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if job.team.size == 1 else at()
 
     for indices in plan.rounds:
         together = ((index, measured(index)) for index in indices)
         for index, found in _apart(job.ranks, indices, measured) if job.parallel == "alphas" else together:
-            for cell in found:
-                journal.append(cell)
-                yield cell
-            progress.alpha_done(index, plan.alphas[index])
+            alpha = plan.alphas[index]
+            try:
+                for cell in found:
+                    journal.append(cell)
+                    yield cell
+            except MeasurementError as fault:
+                faults[alpha] = fault
+                progress.say(f"alpha {alpha:g} failed: {fault.problem}")
+            else:
+                progress.alpha_done(index, alpha)
+    if faults:
+        raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
 
 
 def _apart(
     ranks: Ranks, indices: Sequence[int], measured: Callable[[int], Iterator[Cell]]
-) -> Iterator[tuple[int, Iterable[Cell]]]:
+) -> Iterator[tuple[int, Iterator[Cell]]]:
     """Yield each alpha with its cells, found by one rank each; what was found before an error comes before it."""
-    mine: list[tuple[int, list[Cell], SharpscopeError | None]] = []
+    mine: list[tuple[int, dict[str, Cell], MeasurementError | None]] = []
     for index in indices[ranks.rank :: ranks.size]:
-        done: list[Cell] = []
-        mine.append((index, done, None))
+        done: dict[str, Cell] = {}
+        error: MeasurementError | None = None
         try:
             for cell in measured(index):
-                done.append(cell)
-        except SharpscopeError as failure:
-            mine[-1] = (index, done, failure)
-            break
-    found = sorted(ranks.gathered(mine), key=lambda entry: entry[0])
-    yield from ((index, done) for index, done, _ in found)
-    if error := next((error for _, _, error in found if error), None):
+                done[cell.key] = cell
+        except MeasurementError as failure:
+            error = failure
+        mine.append((index, done, error))
+    for index, done, error in sorted(ranks.gathered(mine), key=lambda entry: entry[0]):
+        yield index, _replayed(done, error)
+
+
+def _replayed(done: Mapping[str, Cell], error: MeasurementError | None) -> Iterator[Cell]:
+    yield from done.values()
+    if error is not None:
         raise error
+
+
+def _unmeasured(faults: Mapping[float, MeasurementError], plan: Plan, journal: Journal) -> MeasurementError:
+    """Return what is said of alphas without usable numbers; the others are finished by then."""
+    first, others = next(iter(faults.values())), len(plan.alphas) - len(faults)
+    listed = ", ".join(f"{alpha:g}" for alpha in faults)
+    kept = f", {others} are" + (f" and kept in {journal.path}" if journal.path else "") if others else ""
+    return MeasurementError(
+        f"{first.problem}; {len(faults)} of {len(plan.alphas)} alphas ({listed}) could not be measured{kept}", first.fix
+    )
 
 
 def _measured(
@@ -234,7 +274,10 @@ def scan(
     MismatchError
         If the models are not of one architecture.
     ModelError, DataError, MeasurementError
-        Naming what cannot be measured on and the way out.
+        Naming what cannot be measured on and the way out. Where an alpha has no usable numbers, e.g. a loss that is
+        NaN, the others are measured first.
+    OutputError
+        If ``out`` cannot be written, or another scan is writing it.
 
     Notes
     -----
@@ -269,25 +312,28 @@ def scan(
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
         folder = None if out is None else FilePath(out)
-        journal = _journal(job, plan, folder, fresh)
-        memory = Memory(folder, job.team)
-        found = _measured(job, plan, moves, searched, journal, memory, show)
-        if shared == "alphas":
-            job.counts = sum(ranks.gathered([job.counts]), Counter())
-        result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
-        if folder is not None and ranks.leads:
-            result.save(folder)
-            Memory(folder).clear()
+        identity = job.identity(plan)
+        ranks.check_equal({**identity, "device": str(job.provenance["device"])})
+        with locked(folder if ranks.leads else None):
+            journal = _journal(ranks, identity, folder, fresh)
+            found = _measured(job, plan, moves, searched, journal, Memory(folder, job.team), show)
+            if shared == "alphas":
+                job.counts = sum(ranks.gathered([job.counts]), Counter())
+            result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
+            if folder is not None and ranks.leads:
+                with writing(folder):
+                    result.save(folder)
+                Memory(folder).clear()
     return result
 
 
-def _journal(job: Job, plan: Plan, folder: FilePath | None, fresh: bool) -> Journal:
+def _journal(ranks: Ranks, identity: Mapping[str, Any], folder: FilePath | None, fresh: bool) -> Journal:
     """Return the journal: on rank 0 the one in the folder, on others its cells in memory."""
-    identity, ranks = job.identity(plan), job.ranks
-    ranks.check_equal({**identity, "device": str(job.provenance["device"])})
     opened: list[Journal] = []
 
     def cells_there() -> list[Cell]:
+        if folder is not None and fresh:
+            _discard(folder)
         opened.append(Journal(folder and folder / "cells.jsonl", identity, fresh=fresh))
         return list(opened[0])
 
@@ -298,3 +344,10 @@ def _journal(job: Job, plan: Plan, folder: FilePath | None, fresh: bool) -> Jour
     for cell in known:
         copy.append(cell)
     return copy
+
+
+def _discard(folder: FilePath) -> None:
+    """Remove what makes the folder a finished scan, so that none seems to be there until the new one is."""
+    with writing(folder):
+        (folder / "scan.json").unlink(missing_ok=True)
+        Memory(folder).clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from saved import CLASSES, Saved, pixels
 
 import sharpscope as ss
+from sharpscope.commands.merge import Request, merged, prepared
 from sharpscope.data import Split
 from sharpscope.measures import Trace
 from sharpscope.models import load_pair
@@ -42,3 +45,16 @@ def check_scan(saved: Saved) -> None:
     assert set(rows["layer"]) > {"visual.embed", "visual.block.00", "visual.block.01"}
     assert np.isfinite(rows["value"]).all()
     assert result.meta["models"]["zero_shot"]["hash"] != result.meta["models"]["fine_tuned"]["hash"]
+
+
+def check_merge(saved: Saved, out: Path) -> None:
+    """The merge reloads strictly in its library, by this package, too, and lies half-way between the ends."""
+    said = [*merged(prepared(Request("0.5", zero_shot=saved.zero_shot, fine_tuned=saved.fine_tuned)), str(out))]
+    assert said[1].startswith("loaded again: "), said
+    saved.reload(out)
+    start, end = (model.network.state_dict() for model in load_pair(saved.zero_shot, saved.fine_tuned))
+    found = load_pair(saved.zero_shot, str(out))[1].network.state_dict()
+    assert found.keys() == end.keys()
+    for name, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (start[name] + end[name]) / 2, rtol=1e-6, atol=1e-7)

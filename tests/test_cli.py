@@ -37,20 +37,6 @@ REPORT_FILES = {
 }
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; return exit code, stdout and stderr."""
-
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.app([str(argument) for argument in arguments], prog_name="sharpscope")
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return called
-
-
 def outside(*arguments, **environment):
     """Run the installed command in a process of its own."""
     command = [sys.executable, "-m", "sharpscope.cli", *map(str, arguments)]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from planted import planted
 
-from sharpscope import cli
 from sharpscope.comparison import diff
 from sharpscope.errors import MismatchError
 from sharpscope.result import ScanResult
@@ -27,18 +26,6 @@ def edited(result, change, **meta):
     """The scan with each row passed through a function."""
     cells = [replace(cell, rows=tuple(map(change, cell.rows))) for cell in result.cells]
     return ScanResult(cells, {**result.meta, **meta})
-
-
-@pytest.fixture
-def run(capsys):
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.app([str(argument) for argument in arguments], prog_name="sharpscope")
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return called
 
 
 def test_a_scan_and_itself_do_not_differ(one):

@@ -286,6 +286,7 @@ TABLE = [
     ("b", "trace", "co-moves beyond the null"),
     ("c", "trace", "co-moves"),
     ("d", "lambda_max", "undecided: sharpness does not rise above its own error"),
+    ("e", "trace", "undecided: the layer did not move"),
     ("model", "trace", "straggler"),
 ]
 

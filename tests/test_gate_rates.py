@@ -11,9 +11,9 @@ from scipy import optimize, stats
 
 from sharpscope import check
 from sharpscope.detectors import EvaluationDetector, Limits, OODRegression
-from sharpscope.detectors.barrier import barrier, highest
 from sharpscope.detectors.intervals import Estimate, mean, paired_counts, paired_proportion, proportion, score
 from sharpscope.detectors.layers import ratio
+from sharpscope.stragglers.barrier import barrier
 
 NOMINAL = 0.025  # each side of 95 %
 
@@ -165,7 +165,8 @@ def test_the_interval_of_a_barrier_covers_the_truth_and_misses_high_as_rarely_as
     low = high = 0
     for _ in range(runs):
         noise = np.cumsum(random.normal(0, 0.1, (7, n)), axis=0) + random.exponential(1, n)
-        found = highest(*barrier(1 - 0.5 * alphas[:, None] + shape[:, None] + noise, alphas), n)
+        losses = 1 - 0.5 * alphas[:, None] + shape[:, None] + noise
+        found, _ = barrier({(float(a), "id"): loss for a, loss in zip(alphas, losses, strict=True)}, ["id"])
         low, high = low + (found.low > height), high + (found.high < height)
     assert low / runs < 0.05
     assert high / runs < 0.05

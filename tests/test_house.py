@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["journal", "calibration"],
+    ["storage", "journal", "calibration"],
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
@@ -28,6 +28,7 @@ ROOMS = [
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
     ["plan"],
+    ["backoff"],
     ["moves", "trials", "intervention", "search"],
     ["report", "summary", "result"],
     ["detectors", "adapters", "prediction", "comparison"],

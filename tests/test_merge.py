@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sharpscope as ss
 from sharpscope.merging import MergePlan, merge, merge_plan, read_weights
-from sharpscope.merging.weights import Weights
+from sharpscope.models.weights import Weights
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import read_recipe
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 
 import clips
 import numpy as np
@@ -10,29 +12,19 @@ import pytest
 import torch
 from nets import Vit, images
 from safetensors.torch import load_file
+from saved import CLASSES, KINDS
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
 import sharpscope.commands.report as report
-from sharpscope import cli, config
+from sharpscope import config
 from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.models import load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return exit code, stdout and stderr."""
-
-    def called(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.app([str(argument) for argument in arguments], prog_name="sharpscope")
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return called
+from sharpscope.result import ScanResult
+from sharpscope.stragglers.recipes import recipe_key
 
 
 def scanned(root, out, **settings):
@@ -47,7 +39,7 @@ def scanned(root, out, **settings):
         **settings,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda result, folder: None)  # the page is tested where it is made
+        patch.setattr(report, "write", lambda result, folder, audit: None)  # the page is tested where it is made
         report.measure(chosen, progress=False)
     return out
 
@@ -155,7 +147,7 @@ def test_a_checkpoint_that_was_moved_is_named_anew(run, copy):
     (root / "base").rename(root / "elsewhere")
     code, _, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m")
     assert code == 2
-    assert "there are no weights at" in err
+    assert "there is no model at" in err
     code, out, err = run("merge", folder, "--recipe", "0.5", "--out", root / "m", "--zero-shot", root / "elsewhere")
     assert code == 0, err
     assert "sketch: " in out
@@ -279,14 +271,75 @@ def test_a_checkpoint_that_lacks_a_scanned_tensor_is_refused(world):
 
 
 def test_a_recommendation_without_a_scan_says_so(world):
-    from dataclasses import replace
-
     advice = replace(ss.open(world / "scan").recommend(), scan=None)
     with pytest.raises(UsageError, match="not of a saved scan"):
         advice.merge("m")
 
 
+@pytest.mark.parametrize("kind", ["transformers CLIP tower, bare", "transformers SigLIP tower, prefixed"])
+def test_a_tower_is_merged_by_the_layers_of_the_scan_and_stays_a_tower(run, tmp_path, kind):
+    saved = KINDS[kind](tmp_path)
+    data = ss.Split([(torch.randn(6, 3, clips.SIDE, clips.SIDE), torch.arange(6) % 3)], "id", classes=CLASSES)
+    ends = load_pair(saved.zero_shot, saved.fine_tuned)
+    ss.scan(*ends, data, alphas=3, measures=[], progress=False).save(tmp_path / "scan")
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["visual.block.01", 0.0], ["*", 1.0]]'
+    (tmp_path / "r.toml").write_text(rules)
+    code, out, err = run("merge", tmp_path / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert "loaded again: " in out
+    found, tuned = (load_file(f"{folder}/model.safetensors") for folder in (tmp_path / "m", saved.fine_tuned))
+    whole = load_file(f"{saved.zero_shot}/model.safetensors")
+    assert found.keys() == tuned.keys()
+    for name, tensor in found.items():
+        start = whole[f"vision_model.{name.removeprefix('vision_model.')}"]
+        assert torch.equal(tensor, start if ".layers.1." in name else tuned[name]), name
+
+
 # --- predictions
+
+
+@pytest.fixture(scope="module")
+def tried(world):
+    """The folder of a scan of the same that tried recipes, and the first of these with an alpha per layer."""
+    folder = scanned(world, world / "tried", recipes=True)
+    trials = ss.open(folder).meta["recipes"]["trials"]
+    return folder, next(trial for trial in trials if trial["rules"] and len({alpha for _, alpha in trial["rules"]}) > 1)
+
+
+def test_a_recipe_per_layer_that_was_tried_is_predicted_and_comes_out_as_in_the_search(run, tried, tmp_path):
+    folder, trial = tried
+    rules = json.dumps([[pattern, float(alpha)] for pattern, alpha in trial["rules"]])
+    (tmp_path / "r.toml").write_text(f'alpha_convention = "{CONVENTION}"\nrules = {rules}')
+    code, out, err = run("merge", folder, "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in out.splitlines()[-2:]] == ["id", "sketch"]
+    assert all(line.endswith(", 0 images judged otherwise than in the scan") for line in out.splitlines()[-2:])
+
+
+def test_a_recipe_per_layer_is_recommended_when_asked_for_and_better(run, tried, tmp_path):
+    """Every image is planted to be judged right with the first recipe tried."""
+    folder, trial = tried
+    known = ss.open(folder)
+
+    def planted(cell):
+        right = np.ones_like(cell.arrays["correct"])
+        return replace(cell, arrays={**cell.arrays, "correct": right})
+
+    mine = {recipe_key(split, trial["key"]) for split in ("id", "sketch")}
+    ScanResult([planted(c) if c.key in mine else c for c in known.cells], known.meta).save(tmp_path / "scan")
+    expected = Recipe(tuple((pattern, float(alpha)) for pattern, alpha in trial["rules"]))
+    for flags, recipe in (([], Recipe.uniform(known.recommend().alpha)), (["--per-layer"], expected)):
+        code, out, _ = run("merge", tmp_path / "scan", *flags, "--out", tmp_path / "m", "--dry-run")
+        assert code == 0
+        found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()[1:-1]}
+        visual = [layer for layer in found if layer.startswith("visual")]
+        assert {layer: found[layer] for layer in visual} == pytest.approx(recipe.alphas(visual), abs=1e-5)
+
+
+def test_a_scan_without_recipes_has_none_per_layer_to_recommend(run, world, tmp_path):
+    code, _, err = run("merge", world / "scan", "--per-layer", "--out", tmp_path / "m")
+    assert code == 2
+    assert "no recipes were tried in this scan" in err
 
 
 def test_the_prediction_is_the_wilson_interval_of_the_scanned_point(world):

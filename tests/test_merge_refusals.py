@@ -93,7 +93,7 @@ def test_integers_that_differ_are_no_trouble_at_the_ends(ends, tmp_path, alpha):
 
 def test_adapters_and_other_libraries_have_their_own_way_out(ends, tmp_path):
     changed(ends[1], **{"blocks__0__lora_A__weight": torch.ones(2)})
-    with pytest.raises(MismatchError, match="fix: merge the adapters into the model first"):
+    with pytest.raises(ModelError, match=r"LoRA adapters that are not merged.*\n  fix: merge them where"):
         merge(*ends, 0.5, tmp_path / "m.safetensors")
     for path, name in zip(ends, ("visual.conv1.weight", "vision_model.x.weight"), strict=True):
         save_file({name: torch.ones(2)}, path)
@@ -113,7 +113,7 @@ def test_two_configurations_of_one_shape_are_refused(tmp_path):
 def test_a_missing_shard_is_named(sharded):
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ModelError, match=rf"lacks the shard {gone.name}, which holds \d+ tensors"):
+    with pytest.raises(ModelError, match=rf"lacks the shard {gone.name} with \d+ tensors"):
         read_weights(sharded)
 
 
@@ -122,10 +122,10 @@ def test_an_index_that_names_a_tensor_of_no_shard_is_refused(sharded):
     stored = json.loads(index.read_text())
     stored["weight_map"]["ghost.weight"] = next(iter(stored["weight_map"].values()))
     index.write_text(json.dumps(stored))
-    with pytest.raises(ModelError, match=r"disagree about 'ghost.weight'"):
+    with pytest.raises(ModelError, match=r"the shards of .* lack 'ghost.weight'"):
         read_weights(sharded)
     index.write_text("{")
-    with pytest.raises(ModelError, match=r"index.json cannot be read"):
+    with pytest.raises(ModelError, match=r"index.json is no index of shards"):
         read_weights(sharded)
 
 
@@ -160,12 +160,12 @@ def test_what_is_no_state_dict_is_said(tmp_path, stored):
 
 @pytest.mark.parametrize("ref", ["nowhere/at/all", "./nothing", "owner/never-downloaded"])
 def test_nothing_there_is_said(ref):
-    with pytest.raises(UsageError, match="there are no weights at"):
+    with pytest.raises(UsageError, match=r"there (are no weights|is no model) at"):
         read_weights(ref)
 
 
 def test_a_folder_of_several_candidates_asks_which(tmp_path):
-    with pytest.raises(ModelError, match="holds no file of weights"):
+    with pytest.raises(ModelError, match=r"holds no weights \(model.safetensors, "):
         read_weights(tmp_path)
     for name in ("a.pt", "b.pt"):
         torch.save(weights(0), tmp_path / name)

@@ -79,6 +79,9 @@ def test_a_shard_without_its_tensors_is_named(copy):
     names = sharded(copy)
     held = len(load_file(copy / names[1]))
     shutil.copy(copy / names[0], copy / names[1])
+    with pytest.raises(ModelError, match=r"is in model-00001-of-00002.safetensors and in model-00002"):
+        load(copy)
+    save_file({}, copy / names[1])
     with pytest.raises(ModelError, match=rf"the shards of .*index.json lack '.*' \({held} tensors\)"):
         load(copy)
 

@@ -110,6 +110,24 @@ def test_agreement_on_a_few_images_is_no_certainty():
     assert failure.high > 10
 
 
+@pytest.mark.parametrize("chord", ["linear", "mean"])
+def test_no_error_on_a_few_images_is_no_certainty_that_there_is_no_barrier(chord):
+    none = {(a, "a"): np.zeros(10, dtype=bool) for a in ALPHAS}
+    found, _ = barrier(none, ["a"], chord=chord)
+    assert found.value == 0
+    assert found.high == pytest.approx(1.96 / 10, rel=0.01)  # as if one of the ten could be wrong at an inner alpha
+
+
+def test_two_ends_that_are_to_be_beaten_need_a_band_over_both():
+    """One place, two ends whose gains are 0 and independent: beating both by chance must be as rare as stated."""
+    random, high, low, runs = np.random.default_rng(3), 0, 0, 2000
+    for _ in range(runs):
+        found = largest([random.normal(0, 1, (80, 2))], ends=2)
+        high, low = high + (found.high < 0), low + (found.low > 0)
+    assert high / runs < 0.025 + 3 * math.sqrt(0.025 / runs)
+    assert low / runs < 0.025
+
+
 def test_a_path_without_an_end_or_an_unknown_form_is_refused_and_a_frame_without_ends_is_empty():
     with pytest.raises(UsageError, match=r"alphas \[0.0, 0.25\] lack an end"):
         barrier({(0.0, "id"): np.ones(3), (0.25, "id"): np.ones(3)}, ["id"])

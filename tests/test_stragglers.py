@@ -10,7 +10,7 @@ from planted import ALPHAS, STRAGGLER, planted
 from scipy import stats
 
 from sharpscope.errors import UsageError
-from sharpscope.result import open_result
+from sharpscope.result import ScanResult, open_result
 from sharpscope.stragglers.association import association
 from sharpscope.stragglers.correlation import COLUMNS, NUMBERS, co_movement, ood_error
 from sharpscope.stragglers.resampling import curve_draws, error_draws
@@ -199,15 +199,42 @@ def test_whiskers_cover_the_tau_of_the_true_curves_and_grow_with_the_errors():
 
 
 SUPPORT = pd.DataFrame(
-    {"layer": ["a", "b", "c"], "split": ["ood mean", "ood mean", "id"], "supported": [True, False, True]}
+    [
+        ("harms", "necessary", "ood mean", 3.0, True),
+        ("harms alone", "sufficient", "ood mean", -3.0, True),
+        ("helps", "necessary", "ood mean", -3.0, True),
+        ("helps", "sufficient", "ood mean", 3.0, True),
+        ("within noise", "necessary", "ood mean", 3.0, False),
+        ("harms ID", "necessary", "id", 3.0, True),
+    ],
+    columns=["layer", "question", "split", "effect", "supported"],
 )
 
 
-def test_only_a_supported_layer_beyond_the_null_is_a_straggler():
-    curves = dict.fromkeys("abc", np.exp(WIGGLY))
-    found = table(curves, supported=supported(SUPPORT))["verdict"]
-    assert dict(found) == {"a": "straggler", "b": "co-moves beyond the null", "c": "co-moves beyond the null"}
+def test_only_a_layer_beyond_the_null_whose_move_is_shown_to_harm_is_a_straggler():
+    names = list(dict.fromkeys(SUPPORT["layer"]))
+    found = table(dict.fromkeys(names, np.exp(WIGGLY)), supported=supported(SUPPORT))["verdict"]
+    assert set(found[found == "straggler"].index) == {"harms", "harms alone"}
+    assert set(found[found == "co-moves beyond the null"].index) == {"helps", "within noise", "harms ID"}
     assert supported(None) == supported(SUPPORT.iloc[:0]) == set()
+
+
+def test_a_layer_that_did_not_move_is_never_flagged_and_takes_no_part_in_the_test():
+    curves = {"frozen": np.exp(WIGGLY), "moved": np.exp(np.roll(WIGGLY, 2))}
+    found = table(curves, supported={"frozen"}, unmoved={"frozen"})
+    assert found.loc["frozen", "verdict"] == "undecided: the layer did not move"
+    assert math.isnan(found.loc["frozen", "p"])
+    alone = table({"moved": curves["moved"]})
+    assert found.loc["moved", "p_family"] == alone.loc["moved", "p_family"]
+
+
+def test_a_scan_takes_a_layer_with_equal_weights_at_both_ends_as_one_that_did_not_move():
+    result = planted(studied=True)
+    meta = {**result.meta, "layers": {**result.meta["layers"]}}
+    meta["layers"][STRAGGLER] = {**meta["layers"][STRAGGLER], "delta_norm": 0.0}
+    for found, unmoved in ((result, False), (ScanResult(result.cells, meta), True)):
+        verdicts = found.stragglers.query("layer == @STRAGGLER")["verdict"]
+        assert (verdicts == "undecided: the layer did not move").eq(unmoved).all()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sharpscope.models.conversion import CONVERSIONS
 from sharpscope.models.installed import first_line
 from sharpscope.models.tensors import read_tensors
 from sharpscope.models.transfer import library_of
+from sharpscope.models.wrappers import KEYS
 
 
 def convert(source: Path, out: Path, *, to: str | None = None, unsafe_pickle: bool = False) -> int:
@@ -71,7 +72,7 @@ def _unpickled(source: Path) -> Mapping[str, Tensor]:
         ) from error
     if isinstance(found, nn.Module):
         return found.state_dict()
-    inner = next((found[key] for key in ("state_dict", "model") if isinstance(found, dict) and key in found), found)
+    inner = next((found[key] for key in KEYS if isinstance(found, dict) and key in found), found)
     inner = inner.state_dict() if isinstance(inner, nn.Module) else inner
     if not isinstance(inner, dict) or not all(isinstance(tensor, Tensor) for tensor in inner.values()):
         raise ModelError(f"{source} holds a {type(found).__name__}, no weights", "a pickled module or state dict")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ import torch
 from sharpscope.commands.report import Material, material
 from sharpscope.config import FILE, Settings, read_config, settings
 from sharpscope.data import Split
-from sharpscope.errors import UsageError
+from sharpscope.errors import SharpscopeError, UsageError
 from sharpscope.evaluate import per_example
 from sharpscope.merging import MergePlan, merge_plan, read_weights, scanned_plan, write_plan
-from sharpscope.models import load, pair
+from sharpscope.models import load_pair, pair
+from sharpscope.models.reference import placed
 from sharpscope.network import network
 from sharpscope.prediction import Check, check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import Recipe
@@ -42,6 +42,8 @@ class Request:
         Where the checkpoints are, if not where the scan read them.
     keep_id
         Points of ID accuracy that the recommendation may give up.
+    per_layer
+        Whether it may have an alpha per layer, if the scan tried such recipes and the best one beats a single alpha.
     id, ood
         Data to judge the result on, if not those of the scan.
     """
@@ -51,6 +53,7 @@ class Request:
     zero_shot: str | None = None
     fine_tuned: str | None = None
     keep_id: float | None = None
+    per_layer: bool = False
     id: str | None = None
     ood: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,7 +99,7 @@ def _recipe(request: Request, result: ScanResult | None) -> RecipeFile:
     if request.recipe == RECOMMENDED:
         if result is None:
             raise UsageError("only a scan recommends a recipe", "name its folder, or --recipe NUMBER or FILE")
-        recipe = result.recommend(request.keep_id).recipe
+        recipe = result.recommend(request.keep_id, per_layer=request.per_layer).recipe
     else:
         try:
             recipe = Recipe.uniform(float(request.recipe))
@@ -113,27 +116,44 @@ def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]
     """
     write_plan(job.plan, out, predicted=job.predicted, overwrite=overwrite)
     yield f"merged: {out}"
-    if not _is_clip(Path(out)):
-        yield "not loaded again: no CLIP of transformers"
+    ends = _references(job, Path(out).absolute())
+    model = _reloaded(job, ends)
+    if isinstance(model, str):
+        yield f"not loaded again: {model}"
         return
-    chosen = _data(job, out)
+    yield f"loaded again: {model!r}"
+    chosen = _data(job, ends)
     if isinstance(chosen, str):
-        yield f"loaded again: {load(out)!r}\nnot evaluated: {chosen}"
+        yield f"not evaluated: {chosen}"
         return
-    found = material(chosen)
-    yield f"loaded again: {found.fine_tuned!r}"
-    for check in _checks(job, found):
+    del model
+    for check in _checks(job, material(chosen)):
         if check.as_predicted is False:
             warnings.warn(f"not as predicted: {check}", stacklevel=2)
         yield str(check)
 
 
-def _is_clip(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "clip"
+def _references(job: Prepared, end: Path | None = None) -> tuple[str, str]:
+    """Return what loads both models, with the weights at ``end`` in the place of the fine-tuned ones."""
+    known = job.result.meta["models"] if job.result else {}
+    first = job.request.zero_shot or known["zero_shot"]["name"]
+    second = job.request.fine_tuned or known["fine_tuned"]["name"]
+    return placed(first, job.plan.zero_shot.root), placed(second, end or job.plan.fine_tuned.root)
 
 
-def _data(job: Prepared, out: str) -> Settings | str:
+def _reloaded(job: Prepared, ends: tuple[str, str]) -> Any:
+    """Return the merged model as its library reads it, or why that cannot be: the sources cannot be loaded, either."""
+    try:
+        return load_pair(*ends)[1]
+    except SharpscopeError as error:
+        try:
+            load_pair(*_references(job))
+        except SharpscopeError:
+            return str(error).splitlines()[0]
+        raise
+
+
+def _data(job: Prepared, ends: tuple[str, str]) -> Settings | str:
     """Return the settings of the scan with the merge in the place of the fine-tuned model, or why there are none."""
     known: dict[str, Any] = {}
     file = Path(job.request.folder) / FILE if job.request.folder else None
@@ -148,7 +168,7 @@ def _data(job: Prepared, out: str) -> Settings | str:
     places = [known["id"], *known.get("ood", {}).values()]
     if absent := next((place for place in places if ":" not in place and not Path(place).exists()), None):
         return f"{absent} is no longer there; name the data with --id DIR and --ood NAME=DIR"
-    return settings({**known, "zero_shot": str(job.plan.zero_shot.root), "fine_tuned": out, "sharpness_on": None})
+    return settings({**known, "zero_shot": ends[0], "fine_tuned": ends[1], "sharpness_on": None})
 
 
 def _checks(job: Prepared, found: Material) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sharpscope.curvature.graphs import summed
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
 
@@ -51,8 +52,8 @@ class GaussNewton:
 
     def parts(self) -> Iterator[Part]:
         """Yield the share in the matrix of each of this rank's batches; not counted as products."""
-        for graph in self._graphs:
-            yield partial(self._part, graph)
+        for graphs in self._graphs.by_batch():
+            yield partial(summed, self._part, graphs)
 
     def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
         live = [name for name in names if name in graph.pulled]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sharpscope.objective import Batch
+from sharpscope.tree import Tree
 
 Graph = TypeVar("Graph")
 
@@ -53,12 +56,20 @@ class Graphs(Generic[Graph]):
         Tensors that are there anyway and count for nothing.
     budget
         Bytes that kept graphs may take, measured as autograd saves them.
+    pieces
+        That each batch is computed in; where there are several, no graph is kept.
     """
 
     def __init__(
-        self, make: Callable[[Batch], Graph], batches: Sequence[Batch], constants: Iterable[Tensor], budget: int
+        self,
+        make: Callable[[Batch], Graph],
+        batches: Sequence[Batch],
+        constants: Iterable[Tensor],
+        budget: int,
+        pieces: int = 1,
     ) -> None:
         self._make = make
+        self._pieces = pieces
         self._batches = batches
         self._constants = tuple(constants)
         self._budget = budget
@@ -67,7 +78,16 @@ class Graphs(Generic[Graph]):
         self._full = False
 
     def __iter__(self) -> Iterator[Graph]:
-        """Yield each batch's graph; it must be retained when it is differentiated."""
+        """Yield each batch's graph, or those of its pieces; it must be retained when it is differentiated."""
+        return chain.from_iterable(self.by_batch())
+
+    def by_batch(self) -> Iterator[Iterable[Graph]]:
+        """Yield the graphs of each batch."""
+        if self._pieces > 1:
+            return (_Anew(self._make, batch.split(self._pieces)) for batch in self._batches)
+        return ((graph,) for graph in self._whole())
+
+    def _whole(self) -> Iterator[Graph]:
         for index, batch in enumerate(self._batches):
             if index < len(self.kept):
                 yield self.kept[index]
@@ -83,3 +103,26 @@ class Graphs(Generic[Graph]):
             self.kept_bytes += counter.bytes
             self.kept.append(graph)
         return graph
+
+
+@dataclass(frozen=True)
+class _Anew(Generic[Graph]):
+    """The graphs of the pieces of a batch, made anew whenever they are walked through, one at a time."""
+
+    make: Callable[[Batch], Graph]
+    pieces: Sequence[Batch]
+
+    def __iter__(self) -> Iterator[Graph]:
+        return map(self.make, self.pieces)
+
+
+def summed(
+    part: Callable[[Graph, Sequence[str], Tree], Tree], graphs: Iterable[Graph], names: Sequence[str], v: Tree
+) -> Tree:
+    """Return the sum of what each graph adds to a product."""
+    total: Tree = {}
+    for graph in graphs:
+        for name, tensor in part(graph, names, v).items():
+            total[name] = total[name] + tensor if name in total else tensor
+        del graph  # before the next is made
+    return total

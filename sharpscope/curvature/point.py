@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes
+from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes, summed
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
@@ -100,17 +100,22 @@ class Point:
 
     def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
         """Return a graph per batch of this rank, kept within the budget."""
-        return Graphs(make, self.objective.own_batches, self.weights.values(), budget)
+        return Graphs(make, self.objective.own_batches, self.weights.values(), budget, self.objective.pieces)
 
     def _visit(self) -> None:
         """Sum loss and gradient over the batches; see which tensors the loss touches."""
         losses, touched = list[float](), set[str]()
 
         def parts() -> Iterator[Tree]:
-            for graph in self._graphs:
-                losses.append(float(graph.loss))
-                touched.update(graph.gradient)
-                yield {name: tensor.detach() for name, tensor in graph.gradient.items()}
+            for graphs in self._graphs.by_batch():
+                total: Tree = {}
+                for graph in graphs:
+                    losses.append(float(graph.loss))
+                    for name, tensor in graph.gradient.items():
+                        total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
+                    del graph  # before the next is made
+                touched.update(total)
+                yield total
 
         self.gradient = self.objective.summed(parts(), self.leaves)
         self.counts["gradients"] += 1
@@ -159,8 +164,8 @@ class Point:
 
     def parts(self) -> Iterator[Part]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
-        for graph in self._graphs:
-            yield partial(self._part, graph)
+        for graphs in self._graphs.by_batch():
+            yield partial(summed, self._part, graphs)
 
     def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
         # A gradient without grad_fn is constant: its row of the Hessian is zero.

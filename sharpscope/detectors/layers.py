@@ -15,6 +15,7 @@ from sharpscope.detectors.judgement import PLAIN, judged
 from sharpscope.errors import MeasurementError, UsageError, nearest
 from sharpscope.report.words import count, listed
 from sharpscope.stragglers.paired import Z95
+from sharpscope.stragglers.wording import UNMOVED
 from sharpscope.table import MODEL, Row, cell_key
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class StragglerDetector:
 
 
 def _is_open(verdict: str) -> bool:
-    return verdict.startswith(OPEN)
+    return verdict.startswith(OPEN) and verdict != UNMOVED
 
 
 def _named(layers: set[str]) -> str:

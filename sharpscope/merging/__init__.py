@@ -9,7 +9,7 @@ from pathlib import Path
 from sharpscope.merging.output import write_merge
 from sharpscope.merging.plan import MergePlan, merge_plan
 from sharpscope.merging.scanned import scanned_plan
-from sharpscope.merging.weights import read_weights
+from sharpscope.models.weights import read_weights
 from sharpscope.partition import Granularity
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import RecipeFile

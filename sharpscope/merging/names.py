@@ -6,47 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.errors import MismatchError, UsageError
+from sharpscope.models.wrappers import bare_names
 from sharpscope.partition import Granularity, partition
 from sharpscope.recipe import Recipe
 
-# Wrappers leave these anywhere in a name, ...
-_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# ... and these before every name (WiSE-FT keeps its head beside the model it wraps).
-_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.")
-_HEAD = "classification_head."
 _LISTED = 20  # layers in a message
-
-
-def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return key -> name without what wrappers (DDP, FSDP, compile, WiSE-FT) put before and into it.
-
-    A prefix is taken off only if every key has it, a head apart.
-
-    Raises
-    ------
-    ModelError
-        If two keys would have one name.
-
-    Examples
-    --------
-    >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
-    'visual.proj'
-    """
-    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
-    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
-    seen: dict[str, str] = {}
-    for key, name in names.items():
-        if name in seen:
-            raise ModelError(f"{seen[name]!r} and {key!r} are the same tensor {name!r}", "save it once")
-        seen[name] = key
-    return names
-
-
-def _on_all(prefix: str, names: Collection[str]) -> bool:
-    inside = [name for name in names if not name.startswith(_HEAD)]
-    return bool(inside) and all(name.startswith(prefix) for name in inside)
 
 
 def _containers(names: Iterable[str]) -> set[str]:
@@ -60,14 +25,19 @@ def _containers(names: Iterable[str]) -> set[str]:
 
 
 def layers_of(
-    keys: Sequence[str], granularity: Granularity, scanned: Mapping[str, Sequence[str]] | None = None
+    names: Mapping[str, str],
+    whole: Collection[str],
+    granularity: Granularity,
+    scanned: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, str]:
     """Return key -> layer id, in depth order.
 
     Parameters
     ----------
-    keys
-        Keys of the floating-point tensors of a checkpoint.
+    names
+        Key -> name in the model, of the floating-point tensors of a checkpoint.
+    whole
+        All such names of the model, of which the checkpoint may hold one tower.
     granularity
         See :func:`sharpscope.partition.partition`.
     scanned
@@ -78,13 +48,12 @@ def layers_of(
     MismatchError
         If the scan had a tensor that the checkpoint lacks.
     """
-    names = bare_names(keys)
-    found = partition([*names.values()], granularity=granularity, containers=_containers(names.values()))
+    found = partition([*whole], granularity=granularity, containers=_containers(whole))
     by_rule = {name: layer for layer, mine in found.layers.items() for name in mine}
     by_scan = {name: layer for layer, mine in (scanned or {}).items() for name in mine}
     bare = bare_names(by_scan)
     by_bare = {bare[name]: layer for name, layer in by_scan.items()}
-    present = names.keys() | set(names.values())
+    present = {*names, *whole}
     made = any(layer.partition(".")[0] == "text" for layer in by_rule.values())  # of the text tower: the head
     lost = [n for n in by_scan if n not in present and bare[n] not in present and not (made and n.startswith("head."))]
     if lost:
@@ -93,7 +62,9 @@ def layers_of(
             "merge the checkpoints that were scanned",
         )
     keys_of = {name: key for key, name in names.items()}
-    return {keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items()}
+    return {
+        keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items() if n in keys_of
+    }
 
 
 def alphas_of(recipe: Recipe, layers: Collection[str]) -> dict[str, float]:

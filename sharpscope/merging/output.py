@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sharpscope.errors import SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan
-from sharpscope.merging.weights import SafetensorsFile, TorchFile, WeightsFile
+from sharpscope.models.weight_files import SafetensorsFile, TorchFile, WeightsFile
 from sharpscope.recipe_file import NAME, RecipeFile, write_recipe
 
 # Configuration, tokenizer and preprocessing; not the weights, nor what a training run tells about itself.
@@ -209,9 +209,11 @@ def write_torch(like: TorchFile, target: Path, tensor: Tensors) -> None:
             for i, key in enumerate(like.specs)
             if first.get(key, key) == key
         }
-        state = {key: own[first.get(key, key)] for key in like.specs}
+        state: dict[str, Any] = {key: own[first.get(key, key)] for key in like.specs}
         with target.open("wb") as file:
-            _save(state if like.wrapper is None else {like.wrapper: state}, file)
+            for wrapper in reversed(like.wrappers):
+                state = {wrapper: state}
+            _save(state, file)
 
 
 def _save(state: dict[str, Any], file: BinaryIO) -> None:

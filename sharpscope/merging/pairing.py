@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sharpscope.errors import MismatchError, ModelError
-from sharpscope.merging.names import bare_names
-from sharpscope.merging.weights import Weights
+from sharpscope.models.transfer import lone_tower, may_be_absent, own_names
+from sharpscope.models.weights import Weights
 
 _ONE = "two checkpoints of one architecture, saved by the same library"
 
@@ -16,36 +16,40 @@ _ONE = "two checkpoints of one architecture, saved by the same library"
 def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     """Return key in the fine-tuned checkpoint -> key in the zero-shot one.
 
+    The fine-tuned one may hold one tower alone, under the names that its library gives it.
+
     Raises
     ------
     MismatchError
         If a name, a shape or a kind of number differs between the two; the first is named.
     """
-    names, theirs = bare_names(fine_tuned.keys), bare_names(zero_shot.keys)
-    place = {name: key for key, name in theirs.items()}
+    place = {name: key for key, name in zero_shot.names.items()}
+    whole = {stored: name for name, stored in own_names(place, fine_tuned.names.values()).items()}
+    tower = lone_tower(whole.values()) if lone_tower(place) is None else None
+    besides = may_be_absent(place, tower) if tower else set()  # stays that of the zero-shot model
     # Older versions of transformers saved these indices, newer ones make them.
-    if odd := sorted(n for n in place.keys() ^ set(names.values()) if not n.endswith("position_ids")):
+    odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith("position_ids"))
+    if odd:
         culprit = zero_shot if odd[0] not in place else fine_tuned
         raise MismatchError(
             "the models do not share an architecture: "
-            f"{len(theirs)} tensors in {zero_shot.root}, {len(names)} in {fine_tuned.root}; "
+            f"{len(place)} tensors in {zero_shot.root}, {len(whole)} in {fine_tuned.root}; "
             f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
             _way_out(odd),
         )
-    shared = {key: name for key, name in names.items() if name in place}
-    for key, name in shared.items():
-        first, second = zero_shot.spec(place[name]), fine_tuned.spec(key)
+    found = {key: place[whole[name]] for key, name in fine_tuned.names.items() if whole[name] in place}
+    for key, partner in found.items():
+        first, second = zero_shot.spec(partner), fine_tuned.spec(key)
         mixable = first.dtype == second.dtype or (first.dtype.is_floating_point and second.dtype.is_floating_point)
         if first.shape != second.shape or not mixable:
+            name = fine_tuned.names[key]
             raise MismatchError(
                 f"tensor {name!r} is {first} in {zero_shot.root} but {second} in {fine_tuned.root}", _ONE
             )
-    return {key: place[name] for key, name in shared.items()}
+    return found
 
 
 def _way_out(odd: Sequence[str]) -> str:
-    if any("lora_" in name for name in odd):
-        return "merge the adapters into the model first: model.merge_and_unload().save_pretrained(DIR)"
     if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
         return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
     return _ONE
@@ -58,10 +62,12 @@ _FUNCTION = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size"
 def check_configurations(zero_shot: Weights, fine_tuned: Weights) -> None:
     """Raise ``MismatchError`` if the configurations beside the weights differ in what changes the function."""
     first, second = _config(zero_shot), _config(fine_tuned)
+    tower = "text_config" if "text" in str(second.get("model_type")) else "vision_config"
     for name, value in second.items():
-        if name.rpartition(".")[2] in _FUNCTION and first.get(name, value) != value:
+        other = first.get(name, first.get(f"{tower}.{name}", value))  # one tower's settings have no prefix
+        if name.rpartition(".")[2] in _FUNCTION and other != value:
             raise MismatchError(
-                f"{name} is {first[name]!r} in {zero_shot.root} but {value!r} in {fine_tuned.root}",
+                f"{name} is {other!r} in {zero_shot.root} but {value!r} in {fine_tuned.root}",
                 "a checkpoint and its fine-tuned self, saved with the same configuration",
             )
 

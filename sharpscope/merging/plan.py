@@ -13,7 +13,8 @@ from sharpscope._version import __version__
 from sharpscope.errors import MismatchError, ModelError
 from sharpscope.merging.names import alphas_of, layers_of
 from sharpscope.merging.pairing import check_configurations, partners_of
-from sharpscope.merging.weights import TorchFile, Weights
+from sharpscope.models.weight_files import TorchFile
+from sharpscope.models.weights import Weights
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
 from sharpscope.recipe import CONVENTION, Recipe
@@ -184,7 +185,7 @@ def merge_plan(
     Parameters
     ----------
     zero_shot, fine_tuned
-        See :func:`sharpscope.merging.weights.read_weights`. The result has the keys, dtypes and files of the second.
+        See :func:`sharpscope.models.weights.read_weights`. The result has the keys, dtypes and files of the second.
     recipe
         Layer patterns and alphas.
     granularity, scanned
@@ -199,8 +200,9 @@ def merge_plan(
     """
     partners = partners_of(zero_shot, fine_tuned)
     check_configurations(zero_shot, fine_tuned)
-    floating = [key for key in fine_tuned.keys if fine_tuned.spec(key).dtype.is_floating_point]
-    homes = layers_of(floating, granularity, scanned)
+    whole = {key: name for key, name in zero_shot.names.items() if zero_shot.spec(key).dtype.is_floating_point}
+    names = {key: whole[partner] for key, partner in partners.items() if partner in whole}
+    homes = layers_of(names, whole.values(), granularity, scanned)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
     homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
     plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharpscope.errors import ModelError, SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan, merge_plan
-from sharpscope.merging.weights import Weights, read_weights
+from sharpscope.models.weights import Weights, read_weights
 from sharpscope.recipe import Recipe
 from sharpscope.tree import fingerprint
 
@@ -25,11 +25,13 @@ def on_disk(model: Any) -> dict[str, str]:
     place = getattr(model, "where", None) or getattr(model, "name", None)  # a hub id is a name
     if isinstance(model, nn.Module) or place is None:
         return {}
+    if str(getattr(model, "name", "")).startswith("oc:") and Path(place).is_dir():
+        place = f"oc:{place}"  # which may hold a model of transformers, too
     try:
         weights = read_weights(place)
     except SharpscopeError:
         return {}
-    return {"path": str(weights.root), "sha256": weights.sha256}
+    return {"path": str(place) if str(place).startswith("oc:") else str(weights.root), "sha256": weights.sha256}
 
 
 def scanned_plan(

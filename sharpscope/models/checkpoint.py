@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,27 +9,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from safetensors import SafetensorError
-
 from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line, imported
-from sharpscope.models.tensors import is_pickled_code, read_tensors
+from sharpscope.models.tensors import read_tensors
 from sharpscope.models.transfer import check_finite_weights
+from sharpscope.models.weight_files import UNREADABLE, is_pickled_code
 
 __all__ = ["is_pickled_code", "read_config", "read_image_processor", "read_model", "read_tokenizer", "transformers"]
 
 _PATIENCE = 5.0  # seconds that the hub is waited for
 SHARED_FILES = "model.save_pretrained(DIR) and processor.save_pretrained(DIR) write everything that is needed"
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    TypeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 def transformers() -> ModuleType:
@@ -85,7 +73,7 @@ def read_config(where: str) -> dict[str, Any]:
             found: dict[str, Any] = transformers().CLIPConfig.get_config_dict(where, local_files_only=_offline(where))[
                 0
             ]
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise _unreachable(where, error) from error
     if not found:
         raise ModelError(f"{where} has no config.json", SHARED_FILES)
@@ -123,7 +111,7 @@ def read_model(where: str, kind: str) -> Any:
             model, info = getattr(transformers(), kind).from_pretrained(
                 where, output_loading_info=True, local_files_only=_offline(where), trust_remote_code=False
             )
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise _unreachable(where, error) from error
     _check_complete(where, info, type(model).__name__)
     model = model.float().eval()
@@ -155,7 +143,7 @@ def read_tokenizer(where: str) -> Any:
             found = transformers().AutoTokenizer.from_pretrained(
                 where, trust_remote_code=False, local_files_only=_offline(where)
             )
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ModelError(f"the tokenizer of {where} cannot be read: {first_line(error)}", SHARED_FILES) from error
     # Without any file transformers 5 returns a tokenizer that knows its special tokens only.
     if len(found.get_vocab()) <= len(found.all_special_tokens):
@@ -182,7 +170,7 @@ def read_image_processor(where: str) -> Any:
             # transformers 5 gave the name of the PIL processor to one that needs torchvision.
             made = getattr(library, f"{kind}Pil", None) or getattr(library, kind)
             return made.from_dict(stored)
-        except (*_UNREADABLE, AttributeError) as error:
+        except (*UNREADABLE, AttributeError) as error:
             raise ModelError(
                 f"the preprocessing of {where} cannot be read (preprocessor_config.json)", SHARED_FILES
             ) from error

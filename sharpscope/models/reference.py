@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sharpscope.errors import UsageError
-from sharpscope.models.tensors import SUFFIXES
+from sharpscope.models.weight_files import SUFFIXES
 
 Kind = Literal["directory", "file", "hub", "oc", "timm", "py"]
 FORMS = (
@@ -90,3 +90,16 @@ def _named(text: str, kind: Kind, rest: str) -> Reference:
     if Path(weights).suffix in SUFFIXES:
         raise UsageError(f"{text!r}: there is no file {weights!r}", FORMS)
     return Reference(text, kind, name, weights)
+
+
+def placed(ref: str, place: Path) -> str:
+    """Return the reference to weights at another place, with the library and configuration that this one names.
+
+    >>> placed("oc:ViT-B-32/runs/ft.pt", Path("/models/merged.pt")), placed("runs/ft", Path("/models/merged"))
+    ('oc:ViT-B-32//models/merged.pt', '/models/merged')
+    """
+    kind, _, rest = ref.partition(":")
+    if kind not in ("oc", "timm"):
+        return str(place)
+    whole = place.is_dir() or Path(rest).expanduser().is_dir()
+    return f"{kind}:{place}" if whole else f"{kind}:{rest.partition('/')[0]}/{place}"

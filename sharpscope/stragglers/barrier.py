@@ -12,6 +12,7 @@ import pandas as pd
 
 from sharpscope.errors import UsageError
 from sharpscope.stragglers.effects import MEAN_OOD
+from sharpscope.stragglers.paired import Z95
 from sharpscope.table import Array
 
 Chord = Literal["linear", "mean"]
@@ -31,11 +32,12 @@ class Largest:
     place: int
 
 
-def largest(gaps: Sequence[Array], *, ends: int = 1, least: float = 0.0) -> Largest:
+def largest(gaps: Sequence[Array], *, ends: int = 1, least: float | Array = 0.0) -> Largest:
     """Return the largest of means over images, averaged over data sets that weigh the same.
 
-    The interval is that of a band that holds all the means at once in 95 % of cases (the largest deviation in
-    standard errors, under their joint normal distribution), so picking the largest does not flatter it.
+    Below the upper end of the interval lies every mean, each by its own test, so no correction is due; above the lower
+    end at least one (the quantile is that of the largest of all errors, under their joint normal distribution). So
+    picking the largest does not flatter it.
 
     Parameters
     ----------
@@ -45,7 +47,8 @@ def largest(gaps: Sequence[Array], *, ends: int = 1, least: float = 0.0) -> Larg
     ends
         How many.
     least
-        What one image could change: where all images of a set agree, one is taken to differ by it.
+        What one image could change, for all columns or for each: a variance is taken to be at least that of one such
+        image, so that agreement on ten images is not certainty.
     """
     value = np.mean([g.mean(axis=0) for g in gaps], axis=0)
     if min(map(len, gaps)) < 2:  # one image tells nothing of the spread
@@ -53,29 +56,37 @@ def largest(gaps: Sequence[Array], *, ends: int = 1, least: float = 0.0) -> Larg
         return Largest(float(centre.max()), -math.inf, math.inf, int(np.argmax(centre)))
     covariance = np.sum([_covariance(g, least) for g in gaps], axis=0) / len(gaps) ** 2
     error = np.sqrt(np.diag(covariance))
-    width = _critical(covariance, error) * error
-    low, centre, high = (part.reshape(ends, -1).min(axis=0) for part in (value - width, value, value + width))
+    below, above = _quantiles(covariance, error, ends)
+    low, centre, high = (
+        part.reshape(ends, -1).min(axis=0) for part in (value - below * error, value, value + above * error)
+    )
     place = int(np.argmax(centre))
     return Largest(float(centre[place]), float(low.max()), float(high.max()), place)
 
 
-def _covariance(gaps: Array, least: float) -> Array:
+def _covariance(gaps: Array, least: float | Array) -> Array:
     """Return the covariance of the means over images."""
     found = np.atleast_2d(np.cov(gaps, rowvar=False))
-    agreed = np.diag(found) == 0
-    return (found + np.diag(agreed * least**2 / len(gaps))) / len(gaps)
+    own = np.diag(found)
+    floor = np.broadcast_to(np.square(least) / len(gaps), own.shape)
+    return np.asarray(found + np.diag(np.maximum(floor - own, 0.0))) / len(gaps)
 
 
-def _critical(covariance: Array, error: Array) -> float:
-    """Return the 95 % quantile of the largest of the deviations in standard errors."""
-    moving = error > 0
+def _quantiles(covariance: Array, error: Array, ends: int) -> tuple[float, float]:
+    """Return the 97.5 % quantiles of the largest error, in standard errors, of all and of the ends of one place."""
+    moving = error > 1e-12 * max(1.0, float(error.max()))  # what else there is, is rounding
     if not moving.any():
-        return 0.0
+        return Z95, Z95
     correlation = covariance[np.ix_(moving, moving)] / np.outer(error[moving], error[moving])
     values, vectors = np.linalg.eigh(correlation)
     normal = np.random.default_rng(0).standard_normal((DRAWS, len(values)))
-    deviations = (normal * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    return float(np.quantile(np.abs(deviations).max(axis=1), 0.95))
+    drawn = np.full((DRAWS, len(error)), -np.inf)
+    drawn[:, moving] = (normal * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    of_all = float(np.quantile(drawn.max(axis=1), 0.975))
+    if ends == 1:
+        return of_all, Z95
+    of_place = drawn.reshape(DRAWS, ends, -1).max(axis=1)
+    return of_all, float(np.quantile(of_place, 0.975, axis=0).max())
 
 
 def _above_chord(found: PerImage, alphas: Sequence[float], split: str, chord: Chord) -> Array:
@@ -92,7 +103,7 @@ def barrier(found: PerImage, splits: Sequence[str], *, chord: Chord = "linear") 
     Parameters
     ----------
     found
-        (alpha, split) -> loss or error of each image; both ends are among the alphas.
+        (alpha, split) -> loss or error of each image, errors as bool; both ends are among the alphas.
     splits
         Sets that are averaged, each weighing the same.
     chord
@@ -106,8 +117,14 @@ def barrier(found: PerImage, splits: Sequence[str], *, chord: Chord = "linear") 
     """
     alphas = _alphas(found)
     gaps = [_above_chord(found, alphas, split, chord) for split in splits]
-    best = largest(gaps)
+    best = largest(gaps, least=_least(alphas, chord) if found[0.0, splits[0]].dtype == bool else 0.0)
     return best, alphas[best.place]
+
+
+def _least(alphas: Sequence[float], chord: Chord) -> Array:
+    """Return how far one image that is judged otherwise moves each gap; on a linear chord the ends cannot move."""
+    at_end = 0.0 if chord == "linear" else 0.5
+    return np.array([at_end if alpha in (0.0, 1.0) else 1.0 for alpha in alphas])
 
 
 def _alphas(found: PerImage) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from scipy import stats
 from sharpscope.stragglers.association import Statistic, association, features
 from sharpscope.stragglers.resampling import curve_draws
 from sharpscope.stragglers.surrogates import surrogates
-from sharpscope.stragglers.wording import LADDER, NEEDED_ALPHAS, doubt, wording
+from sharpscope.stragglers.wording import LADDER, NEEDED_ALPHAS, UNMOVED, doubt, wording
 from sharpscope.table import MODEL, Array
 
 NUMBERS = ("p", "p_family", "q", "null_low", "null_high", "tau_low", "tau_high")
@@ -84,6 +84,7 @@ def co_movement(
     *,
     statistic: Statistic = "kendall",
     supported: Collection[str] = (),
+    unmoved: Collection[str] = (),
     samples: Samples | None = None,
     error_draws: Array | None = None,
     seed: int = 0,
@@ -104,7 +105,9 @@ def co_movement(
     statistic
         ``"kendall"`` (tau-b), ``"spearman"``, or ``"pearson"`` of the logarithm of sharpness.
     supported
-        Layers whose effect on OOD accuracy an intervention has shown.
+        Layers whose move an intervention has shown to harm OOD accuracy.
+    unmoved
+        Layers with the same weights at both ends: their sharpness changes through the others, and they are not tested.
     samples
         The draws behind the values, for the whiskers; without them from the standard errors alone.
     error_draws
@@ -133,6 +136,7 @@ def co_movement(
     found: list[dict[str, object]] = []
     for _, family in sharpness.groupby("measure", sort=False):
         curves = [_curve(rows, reference, samples or {}) for _, rows in family.groupby("layer", sort=False)]
+        curves = [replace(curve, doubt=UNMOVED) if curve.layer in unmoved else curve for curve in curves]
         found += _family(curves, reference, supported)
     table = pd.DataFrame(found, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
     rung = table["verdict"].map({name: place for place, name in enumerate(LADDER)}).fillna(len(LADDER))

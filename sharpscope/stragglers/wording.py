@@ -13,6 +13,7 @@ LEVEL = 0.05  # family-wise error rate of "beyond the null"
 NEEDED_ALPHAS = 5  # over four points the smallest possible p-value is 1/24
 
 NOT_ENOUGH = "not enough points to test"
+UNMOVED = "undecided: the layer did not move"
 BEYOND = "co-moves beyond the null"
 STRAGGLER = "straggler"
 LADDER = (STRAGGLER, BEYOND, "co-moves", "co-moves, inverted", "does not co-move")  # strongest first; then the untested
@@ -50,7 +51,7 @@ def wording(tau: float, p_family: float, supported: bool) -> str:
     p_family
         Its family-wise p-value against the null of the path.
     supported
-        Whether moving only this layer was shown to change OOD accuracy.
+        Whether this layer's move was shown to harm OOD accuracy, see :func:`supported`.
     """
     if tau <= -CO_MOVES:
         return "co-moves, inverted"
@@ -62,8 +63,15 @@ def wording(tau: float, p_family: float, supported: bool) -> str:
 
 
 def supported(interventions: pd.DataFrame | None) -> set[str]:
-    """Return the layers with a supported row of split ``"ood mean"``; none without interventions."""
+    """Return the layers whose move is shown to harm OOD accuracy; none without interventions.
+
+    Shown by a supported row of split ``"ood mean"``: accuracy rises when the layer goes back to zero-shot
+    (``"necessary"``, effect above 0), or falls when it alone is fine-tuned (``"sufficient"``, effect below 0). A layer
+    whose move helps is no straggler, however surely.
+    """
     if interventions is None or interventions.empty:
         return set()
     shown = interventions["split"].eq("ood mean") & interventions["supported"].eq(True)
-    return set(interventions.loc[shown, "layer"])
+    back = interventions["question"].eq("necessary") & interventions["effect"].gt(0)
+    alone = interventions["question"].eq("sufficient") & interventions["effect"].lt(0)
+    return set(interventions.loc[shown & (back | alone), "layer"])

@@ -26,3 +26,8 @@ def test_every_tensor_lies_in_exactly_one_known_layer(saved):
 
 def test_a_scan_of_one_alpha_runs(saved):
     matrix.check_scan(saved)
+
+
+@pytest.mark.filterwarnings("ignore:.* are batch-norm statistics")
+def test_a_merge_loads_again_in_the_library_without_a_key_too_many_or_too_few(saved, tmp_path):
+    matrix.check_merge(saved, tmp_path / "merged")

@@ -1,0 +1,65 @@
+"""What is done where memory runs out: nothing is kept, then batches are computed in ever smaller pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from sharpscope.errors import MeasurementError
+from sharpscope.losses import contrastive
+from sharpscope.plan import Job
+from sharpscope.table import Cell
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error says that memory ran out, on a GPU or not."""
+    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def that_fit(job: Job, cells: Callable[[], Iterator[Cell]], where: str, say: Callable[[str], None]) -> Iterator[Cell]:
+    """Yield the cells; where memory runs out, those that are missing are begun again with less.
+
+    ``cells`` gives what is not in the journal yet, by the job's objective; ``say`` is told what was done, see
+    :func:`back_off`.
+    """
+    while True:
+        try:
+            yield from cells()
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the block: the error holds the frames, and so the graphs, that are to be freed.
+        say(back_off(job, where))
+
+
+def back_off(job: Job, where: str) -> str:
+    """Make the job take less memory; return what was done, which is also among its warnings.
+
+    First no graph is kept, then every batch is computed in 2, 4, ... pieces. Probes go with batches as before, so the
+    numbers stay as they were, up to the rounding of sums that are taken in another order.
+
+    Raises
+    ------
+    MeasurementError
+        If batches are single examples already, or the loss couples the examples of a batch.
+    """
+    pieces, coupled = job.objective.pieces, job.objective.loss is contrastive
+    if job.graph_bytes != 0:
+        job.graph_bytes, done = 0, "gradient graphs are made anew for each product"
+    elif coupled or pieces >= max(len(batch.targets) for batch in job.objective.batches):
+        least = "a batch, which a contrastive loss needs whole" if coupled else "one example at a time"
+        raise MeasurementError(
+            f"{job.device} ran out of memory at {where} with {least}",
+            "a device with more memory, or less on it beside this",
+        )
+    else:
+        job.objective = replace(job.objective, pieces=2 * pieces)
+        done = f"batches are computed in {2 * pieces} pieces"
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    job.warnings.append(f"out of memory at {where}: from there on {done}; numbers change by rounding only")
+    return job.warnings[-1]

@@ -1,0 +1,167 @@
+"""One file of weights, of safetensors or of torch, read one tensor at a time. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sharpscope.errors import ModelError
+from sharpscope.models.installed import first_line
+from sharpscope.models.wrappers import unwrapped
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+AGAIN = "copy or save the checkpoint anew"
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+_STATE_DICT = "torch.save(model.state_dict(), FILE)"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor is, without its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+class SafetensorsFile:
+    """A safetensors file, opened anew for each tensor so that nothing stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                self.specs = {key: _spec(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+        except UNREADABLE as error:
+            raise damaged(path, error) from error
+
+    def tensor(self, key: str) -> Tensor:
+        """Return one tensor; only it is read."""
+        with safe_open(self.path, "pt") as file:
+            found: Tensor = file.get_tensor(key)
+        return found
+
+
+class TorchFile:
+    """What ``torch.save`` wrote, mapped into memory: a page is read when its tensor is.
+
+    Attributes
+    ----------
+    wrappers
+        Keys that lead to the weights, from outside; none if the file is the state dict itself.
+    besides
+        Other keys that stand beside one of these (optimiser, epoch).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stored = _unpickled(path)
+        weights, self.wrappers = unwrapped(stored)
+        self.besides: list[str] = []
+        for wrapper in self.wrappers:
+            self.besides += sorted(str(key) for key in stored if key != wrapper)
+            stored = stored[wrapper]
+        odd = next((f"{k!r} is a {type(v).__name__}" for k, v in weights.items() if not isinstance(v, Tensor)), None)
+        if odd or not weights:
+            raise ModelError(f"{path} holds no state dict ({odd or 'it is empty'})", _STATE_DICT)
+        self._weights: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
+        self.specs = {key: _spec(tensor) for key, tensor in self._weights.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        """Return one tensor; only it is read."""
+        return self._weights[key].detach()
+
+    def shared(self) -> list[list[str]]:
+        """Return the groups of keys that are one tensor under several names."""
+        groups: dict[Any, list[str]] = {}
+        for key, tensor in self._weights.items():
+            if tensor.numel():
+                place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                groups.setdefault(place, []).append(key)
+        return [keys for keys in groups.values() if len(keys) > 1]
+
+
+WeightsFile = SafetensorsFile | TorchFile
+
+
+def _spec(tensor: Tensor) -> Spec:
+    return Spec(tensor.dtype, tuple(tensor.shape))
+
+
+def damaged(place: Path, error: BaseException) -> ModelError:
+    """Return the error of a file that cannot be read."""
+    return ModelError(f"{place} cannot be read: {first_line(error)}", AGAIN)
+
+
+def _loaded(file: Path, device: str, *, mapped: bool) -> Any:
+    """Return what ``torch.save`` wrote, if it needs no code but ``argparse.Namespace``, which training loops put in."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore", UserWarning)  # that a file is of an unusual pickle protocol
+        return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    try:
+        try:  # mapped: a page is read when its tensor is
+            found = _loaded(file, "cpu", mapped=True)
+        except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
+            found = _loaded(file, "cpu", mapped=False)
+    except pickle.UnpicklingError as error:
+        raise _pickled(file, error) from error
+    except UNREADABLE as error:
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"{file} is a TorchScript archive, a program, as OpenAI's original files are",
+                "oc:NAME/openai; or, if you trust its source: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+            ) from error
+        raise damaged(file, error) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} holds a {type(found).__name__}, no state dict", _STATE_DICT)
+    return found
+
+
+def is_pickled_code(file: Path) -> bool:
+    """Return whether loading the file would run code from it, without running any."""
+    try:
+        _loaded(file, "meta", mapped=False)
+    except pickle.UnpicklingError:
+        return True
+    except UNREADABLE:
+        return False
+    return False
+
+
+def _pickled(file: Path, error: BaseException) -> ModelError:
+    needed = re.search(r"GLOBAL (\S+)", str(error))
+    return ModelError(
+        f"{file} is a pickled module, not tensors; loading it would run code from the file"
+        + (f" (it calls {needed[1]})" if needed else ""),
+        f"sharpscope convert {file} --unsafe-pickle --out {file.with_suffix('.safetensors').name}   "
+        "(only if you trust its source), or save it where it was trained: torch.save(model.state_dict(), FILE)",
+    )

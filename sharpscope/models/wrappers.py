@@ -1,0 +1,57 @@
+"""What training loops put around weights: keys that a state dict stands under, and parts of names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from sharpscope.errors import ModelError
+
+KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # a state dict stands under one of these, ...
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # ... these are anywhere in a name, ...
+_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.")  # ... and these before every name.
+HEAD = "classification_head."  # WiSE-FT keeps it beside the model that it wraps
+
+
+def unwrapped(stored: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
+    """Return the innermost dictionary and the keys that lead there."""
+    path: tuple[str, ...] = ()
+    while key := next((key for key in KEYS if isinstance(stored.get(key), dict)), None):
+        stored, path = stored[key], (*path, key)
+    return stored, path
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return key -> name without what wrappers (DDP, FSDP, compile, PEFT, WiSE-FT) put before and into it.
+
+    A prefix is taken off only if every key has it, a WiSE-FT head apart.
+
+    Raises
+    ------
+    ModelError
+        If two keys would have one name.
+
+    Examples
+    --------
+    >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
+    'visual.proj'
+    """
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
+    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise ModelError(f"{seen[name]!r} and {key!r} are the same tensor {name!r}", "save it once")
+        seen[name] = key
+    return names
+
+
+def _on_all(prefix: str, names: Collection[str]) -> bool:
+    inside = [name for name in names if not name.startswith(HEAD)]
+    return bool(inside) and all(name.startswith(prefix) for name in inside)
+
+
+def unmerged(names: Iterable[str]) -> str | None:
+    """Return the first name of an adapter (PEFT) that is not merged into the weights, None if there is none."""
+    return next((name for name in names if "lora_" in name or ".modules_to_save." in name), None)

@@ -1,0 +1,140 @@
+"""Where memory runs out the scan goes on with less, says so, and finds the same numbers."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from nets import dense_hessian, fine_tuned, flat, images, made, objective
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpscope
+from sharpscope.backoff import back_off, is_out_of_memory
+from sharpscope.curvature.graphs import Graphs
+from sharpscope.curvature.point import Point
+from sharpscope.errors import MeasurementError
+from sharpscope.losses import contrastive
+from sharpscope.objective import Batch, Objective
+
+DATA = DataLoader(TensorDataset(*images(12)), batch_size=4)
+
+
+class Cramped(nn.Module):
+    """A network that makes graphs of so many examples at once and no more."""
+
+    def __init__(self, net, most):
+        super().__init__()
+        self.net, self.most = net, most
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and len(x) > self.most:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(x)} examples")
+        return self.net(x)
+
+
+def scanned(most=100, **settings):
+    start = made("mlp")
+    nets = Cramped(start, most).eval(), Cramped(fine_tuned(start, "mlp"), most).eval()
+    chosen = {
+        "alphas": 2,
+        "measures": ["trace", "lambda_max", "gauss_newton_trace"],
+        "batch_size": 4,
+    } | settings
+    return sharpscope.scan(*nets, DATA, interventions=False, progress=False, **chosen)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7])
+def test_products_in_pieces_are_those_of_the_dense_hessian(pieces):
+    net = made("vit")
+    whole, weights, names = objective(net)
+    point = Point(Objective(whole.forward, whole.loss, whole.batches, pieces), weights, names)
+    hessian, _ = dense_hessian(net)
+    torch.manual_seed(3)
+    v = {name: torch.randn_like(weights[name]) for name in names}
+    torch.testing.assert_close(flat(point.product(v), names), hessian @ flat(v, names), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(point.objective.gradient(weights, names)[1], point.gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_one_graph_of_a_piece_is_there_at_a_time():
+    alive, most = [0], [0]
+
+    class Graph:
+        def __init__(self, batch):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            self.size = len(batch.targets)
+
+        def __del__(self):
+            alive[0] -= 1
+
+    from sharpscope.curvature.graphs import summed
+
+    x, y = images(12)
+    gc.disable()
+    try:
+        graphs = Graphs(Graph, [Batch(x, y)] * 2, (), 10**9, pieces=5)
+        found = [
+            summed(lambda g, names, v: {"n": torch.tensor(g.size)}, group, (), {})["n"] for group in graphs.by_batch()
+        ]
+    finally:
+        gc.enable()
+    assert [int(n) for n in found] == [12, 12]
+    assert most == [1]
+
+
+@pytest.mark.parametrize("split_mapping", [False, True])
+def test_a_split_batch_holds_all_examples_in_order(split_mapping):
+    x, y = images(7)
+    parts = Batch({"image": x} if split_mapping else x, y).split(3)
+    assert [len(part.targets) for part in parts] == [3, 2, 2]
+    assert torch.cat([part.inputs["image"] if split_mapping else part.inputs for part in parts]).equal(x)
+    assert torch.cat([part.targets for part in parts]).equal(y)
+    assert [len(part.targets) for part in Batch(x, y).split(9)] == [1] * 7
+
+
+def test_a_scan_that_runs_out_of_memory_goes_on_in_pieces_with_the_same_probes():
+    plain = scanned()
+    found = scanned(most=2)
+    assert [note for note in found.meta["warnings"] if "out of memory" in note] == [
+        "out of memory at alpha 0: from there on gradient graphs are made anew for each product; "
+        "numbers change by rounding only",
+        "out of memory at alpha 0: from there on batches are computed in 2 pieces; numbers change by rounding only",
+    ]
+    assert found.layers[["alpha", "layer", "measure", "draws"]].equals(
+        plain.layers[["alpha", "layer", "measure", "draws"]]
+    )
+    np.testing.assert_allclose(found.layers["value"], plain.layers["value"], rtol=1e-9)
+    np.testing.assert_allclose(found.evals["value"], plain.evals["value"], rtol=1e-6)  # kept in single precision
+
+
+def test_a_scan_for_which_one_example_is_too_much_ends_with_a_sentence(monkeypatch):
+    class Full(Point):
+        def _product(self, names, v):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("sharpscope.scanner.Point", Full)
+    with pytest.raises(MeasurementError, match="cpu ran out of memory at alpha 0 with one example at a time"):
+        scanned(measures=["lambda_max"])
+
+
+def test_a_loss_that_couples_the_examples_of_a_batch_is_not_split():
+    from types import SimpleNamespace
+
+    whole, _, _ = objective(made("mlp"))
+    job = SimpleNamespace(objective=Objective(whole.forward, contrastive, whole.batches), graph_bytes=0, device="cpu")
+    with pytest.raises(MeasurementError, match="at alpha 0 with a batch, which a contrastive loss needs whole"):
+        back_off(job, "alpha 0")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_so):
+    assert is_out_of_memory(error) is is_so
