@@ -66,6 +66,24 @@ SIZES = {
         steps={"random": 0, "trained": 100, "converged": 600},
         probe_batch=128,
     ),
+    # The vision configuration of CLIP ViT-L/14: 303 M weights, 27 layers.
+    "l14": Size(
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        classes=100,
+        images=256,
+        batch=32,
+        rate=1e-5,
+        steps={"random": 0, "trained": 50, "converged": 200},
+        probe_batch=32,
+    ),
 }
 STATES = ("random", "trained", "converged")
 

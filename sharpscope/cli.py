@@ -26,12 +26,18 @@ INTERRUPTED = 130
 _NO_SETTINGS = ("config", "dry_run", "fresh", "quiet", "audit")  # flags of report that say how, not what
 
 
+def _rank() -> int:
+    """Return this process's number among those that torchrun started; 0 of one that it did not start."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(f"rank {_rank()}: {text}" if _rank() else text, err=True)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {message}")
+    if not _rank():
+        _say(f"warning: {message}")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,6 +76,8 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _show(result: ScanResult, folder: str | Path) -> None:
+    if _rank():
+        return
     typer.echo(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
 
 
@@ -152,6 +160,10 @@ def report(
     recipes: Annotated[bool | None, typer.Option("--recipes", help="Also try recipes with an alpha per layer.")] = None,
     audit: Annotated[
         str | None, typer.Option(metavar="FILE", help="Log of an SPD training; [default: DIR/spd.jsonl, if there].")
+    ] = None,
+    chains: Annotated[int | None, typer.Option(metavar="N", help="Measure N runs of alphas independently.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(metavar="data|alphas", help="What the processes of torchrun share.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,

@@ -43,6 +43,8 @@ class Settings(BaseModel):
         default=512, ge=2, description="most images per set that moves are judged on"
     )
     recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
+    chains: int = Field(default=1, ge=1, description="runs of alphas that are measured independently of each other")
+    parallel: Literal["data", "alphas"] | None = Field(default=None, description="what processes of torchrun share")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")

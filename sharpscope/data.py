@@ -149,6 +149,11 @@ class Split:
         return len(self.targets)
 
     @property
+    def batch_count(self) -> int:
+        """Number of batches that the loader gives."""
+        return len(self._marks)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a result must say about these data, e.g. which images could not be read."""
         return (*loaders.notes(self._loader, self.name), *self._said)

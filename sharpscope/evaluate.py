@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from sharpscope.calibration import calibration_error
 from sharpscope.curvature.estimate import mean_and_error
 from sharpscope.objective import Batch, Forward
+from sharpscope.ranks import ALONE, Ranks
 from sharpscope.table import MODEL, Array, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
@@ -20,7 +21,7 @@ BOOTSTRAPS = 100
 
 @torch.no_grad()
 def per_example(
-    forward: Forward, weights: Tree, batches: Iterable[Batch], columns: Tensor | None = None
+    forward: Forward, weights: Tree, batches: Iterable[Batch], columns: Tensor | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Array]:
     """Return ``correct`` (bool), ``confidence`` and ``loss`` (float32), each of shape ``(n,)``.
 
@@ -33,9 +34,11 @@ def per_example(
     columns
         Classes that occur in this data set, when it knows fewer than the model; the logits of the others are left
         out, targets stay in the numbering of all classes.
+    ranks
+        Processes that share the data; ``batches`` are then those of this one. All return everything.
     """
     found = [judged(forward(weights, inputs), targets, columns) for inputs, targets in batches]
-    return joined(found)
+    return joined(ranks.gathered(found))
 
 
 def judged(logits: Tensor, targets: Tensor, columns: Tensor | None = None) -> dict[str, Tensor]:
@@ -45,12 +48,13 @@ def judged(logits: Tensor, targets: Tensor, columns: Tensor | None = None) -> di
         logits = torch.full_like(logits, -torch.inf).index_copy(1, columns, logits[:, columns])
     probability, predicted = logits.softmax(1).max(1)
     loss = cross_entropy(logits, targets, reduction="none")
-    return {"correct": predicted == targets, "confidence": probability, "loss": loss}
+    # To the host at once: a GPU has no need to keep it, and ranks exchange it there.
+    return {"correct": (predicted == targets).cpu(), "confidence": probability.cpu(), "loss": loss.cpu()}
 
 
 def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Array]:
     """Return what was judged in batches as arrays over all examples."""
-    return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+    return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]}
 
 
 def _calibration(examples: dict[str, Array]) -> tuple[float, float]:

@@ -167,17 +167,20 @@ def _judged(
 ) -> dict[str, dict[str, Any]]:
     """Return correctness, confidence and loss of every move, by its key."""
     weights = job.weights(base.alpha)
-    found: dict[str, list[dict[str, torch.Tensor]]] = {key: [] for key in moves}
-    for inputs, targets in batches:
+    found: list[dict[str, dict[str, torch.Tensor]]] = []
+    for inputs, targets in job.ranks.mine(batches, len(batches)):
         logits = forward.at_base(weights, inputs)
+        answers = {}
         for key, move in moves.items():
             if move.layers:
                 changed = moved(job, base, weights, move, seed)
                 logits_there = forward.at({**weights, **changed}, inputs, changed.keys())
             else:
                 logits_there = logits
-            found[key].append(judged(logits_there, targets, columns))
-    return {key: joined(parts) for key, parts in found.items()}
+            answers[key] = judged(logits_there, targets, columns)
+        found.append(answers)
+    parts = job.ranks.gathered(found)
+    return {key: joined([answers[key] for answers in parts]) for key in moves}
 
 
 def interventions_from(

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sharpscope.ranks import ALONE, Ranks
 from sharpscope.storage import writing
 from sharpscope.tree import Tree
 
@@ -19,10 +20,18 @@ class Memory:
 
     A file is complete before the cells that were computed with it are, and the one before it is kept: a scan
     killed anywhere resumes with the guesses it would have had.
+
+    Parameters
+    ----------
+    folder
+        Of the scan, None: in memory only.
+    ranks
+        Processes that find the same; one of them reads and writes.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
         self.folder = folder
+        self._ranks = ranks
         self._latest: dict[int, dict[str, Tree]] = {}
 
     def _path(self, index: int) -> Path:
@@ -33,18 +42,22 @@ class Memory:
         """Return what the point before ``index`` left, or nothing."""
         if index - 1 in self._latest:
             return dict(self._latest[index - 1])
-        if self.folder is None or not self._path(index - 1).exists():
-            return {}
         found: dict[str, Tree] = {}
-        for key, tensor in load_file(self._path(index - 1), device=device).items():
+        for key, tensor in self._ranks.led(lambda: self._stored(index - 1)).items():
             measure, _, name = key.partition(_SEPARATOR)
-            found.setdefault(measure, {})[name] = tensor
+            found.setdefault(measure, {})[name] = tensor.to(device)
         return found
 
+    def _stored(self, index: int) -> Tree:
+        if self.folder is None or not self._path(index).exists():
+            return {}
+        return load_file(self._path(index))
+
     def keep(self, index: int, found: dict[str, Tree]) -> None:
-        """Remember what the point at ``index`` found; forget all but this and the one before."""
-        self._latest = {index: found}
-        if self.folder is None or not found:
+        """Remember what the point at ``index`` found; forget those before, on disk but for one."""
+        self._latest.pop(index - 1, None)
+        self._latest[index] = found
+        if self.folder is None or not found or not self._ranks.leads:
             return
         flat = {f"{m}{_SEPARATOR}{n}": t.contiguous() for m, tree in found.items() for n, t in tree.items()}
         with writing(self._path(index)):
@@ -53,7 +66,7 @@ class Memory:
 
     def clear(self) -> None:
         """Remove the files of a scan that has ended or is begun anew."""
-        for path in self.folder.glob("memory-*") if self.folder else ():
+        for path in self.folder.glob("memory-*") if self.folder and self._ranks.leads else ():
             path.unlink()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope.errors import MeasurementError
 from sharpscope.losses import Loss
+from sharpscope.ranks import ALONE, Ranks
 from sharpscope.tree import Tree
 
 
@@ -63,17 +64,35 @@ class Objective:
     pieces
         That each batch is computed in, where it would take too much memory as a whole: no number changes beyond
         rounding, and probes go with batches, not pieces.
+    ranks
+        Processes that all hold this objective and share its batches: each computes on a run of them, and all have
+        the same sums. Then every method but :meth:`outputs` and :meth:`part` is collective.
     """
 
     forward: Forward
     loss: Loss
     batches: tuple[Batch, ...]
     pieces: int = 1
+    ranks: Ranks = ALONE
 
     @property
     def examples(self) -> int:
         """Number of examples over all batches."""
         return sum(len(batch.targets) for batch in self.batches)
+
+    @property
+    def share(self) -> range:
+        """Numbers of the batches that this rank computes on."""
+        return self.ranks.share(len(self.batches))
+
+    @property
+    def own_batches(self) -> tuple[Batch, ...]:
+        """The batches that this rank computes on."""
+        return self.batches[self.share.start : self.share.stop]
+
+    def summed(self, parts: Iterable[Tree], like: Tree) -> Tree:
+        """Return the sum over all batches of trees, of which this rank gives those of its own batches."""
+        return self.ranks.summed(parts, like, len(self.batches))
 
     def outputs(self, weights: Tree, inputs: Any) -> Tensor:
         """Return the outputs; attention runs unfused, as the fused kernels have no second derivative."""
@@ -90,20 +109,27 @@ class Objective:
         Cost: one gradient, without a graph to differentiate again.
         """
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
-        here, loss, total = {**weights, **leaves}, 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
-        for piece in (piece for batch in self.batches for piece in batch.split(self.pieces)):
-            with torch.enable_grad():
-                part = self.part(here, piece)
-            found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
-            total = [t + f for t, f in zip(total, found, strict=True)]
-            loss += float(part.detach())
-        return loss, dict(zip(leaves, total, strict=True))
+        here, losses = {**weights, **leaves}, list[float]()
+
+        def parts() -> Iterator[Tree]:
+            for batch in self.own_batches:
+                total = [torch.zeros_like(leaf) for leaf in leaves.values()]
+                for piece in batch.split(self.pieces):
+                    with torch.enable_grad():
+                        part = self.part(here, piece)
+                    found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
+                    total = [t + f for t, f in zip(total, found, strict=True)]
+                    losses.append(float(part.detach()))
+                yield dict(zip(leaves, total, strict=True))
+
+        total = self.summed(parts(), leaves)
+        return sum(self.ranks.gathered(losses)), total
 
     @torch.no_grad()
     def __call__(self, weights: Tree) -> float:
         """Return the mean loss. Cost: one forward."""
-        total = sum(self.part(weights, batch).double() for batch in self.batches)
-        return float(total)
+        parts = [float(self.part(weights, batch)) for batch in self.own_batches]
+        return sum(self.ranks.gathered(parts))
 
 
 def check_finite(loss: float, place: str) -> None:

@@ -19,6 +19,7 @@ from sharpscope.errors import UsageError
 from sharpscope.losses import logit_normalised
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import Partition
+from sharpscope.ranks import ALONE
 from sharpscope.table import MODEL
 from sharpscope.tree import Tree, gaussian, select, uniform
 
@@ -26,7 +27,7 @@ ROOM = 0.25  # share of free memory for the gradients of groups that are done to
 
 
 def groups(objective: Objective, size: int) -> list[Objective]:
-    """Return the examples in fixed groups of ``size`` (the last may be smaller), an objective each.
+    """Return the examples in fixed groups of ``size`` (the last may be smaller), an objective each, for one rank.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def groups(objective: Objective, size: int) -> list[Objective]:
     inputs = torch.cat([batch.inputs for batch in objective.batches])
     targets = torch.cat([batch.targets for batch in objective.batches])
     pairs = zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
-    return [replace(objective, batches=(Batch(x, y),)) for x, y in pairs]
+    return [replace(objective, batches=(Batch(x, y),), ranks=ALONE) for x, y in pairs]
 
 
 def moved(weights: Tree, step: Tree) -> Tree:
@@ -106,11 +107,11 @@ class MSharpness:
             layer: Ball.around(select(point.weights, names), self.rho, self.norm, self.adaptive)
             for layer, names in wanted.items()
         }
+        ranks, every = point.objective.ranks, groups(_objective(point, self.logits == "normalised"), self.m)
+        share = ranks.share(len(every))
         rises: dict[str, list[float]] = {layer: [] for layer in wanted}
-        sizes: list[int] = []
-        number = 0
-        for chunk in self._chunks(groups(_objective(point, self.logits == "normalised"), self.m), point):
-            sizes += [group.examples for group in chunk]
+        number = share.start
+        for chunk in self._chunks(every[share.start : share.stop], point):
             if len(chunk) > 1:
                 found = self._together(point, chunk, balls)
             else:
@@ -120,8 +121,9 @@ class MSharpness:
             for layer, more in found.items():
                 rises[layer] += more
             number += len(chunk)
-        for layer, mine in rises.items():
-            yield layer, self._estimate(np.array(mine), np.array(sizes))
+        parts, sizes = ranks.gathered([rises]), np.array([group.examples for group in every])
+        for layer in wanted:
+            yield layer, self._estimate(np.array([rise for part in parts for rise in part[layer]]), sizes)
 
     def _chunks(self, all_groups: list[Objective], point: Point) -> Iterator[list[Objective]]:
         """Yield groups that are done at once: on a GPU, for single steps, as many as have room for their gradients."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,11 +21,12 @@ from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
-from sharpscope.objective import Objective, check_deterministic, check_finite
+from sharpscope.objective import Batch, Objective, check_deterministic, check_finite
 from sharpscope.partition import Granularity, Partition, container_names, partition
 from sharpscope.path import Path
 from sharpscope.precision import Precision
 from sharpscope.provenance import provenance
+from sharpscope.ranks import ALONE, Parallel, Ranks, own_device
 from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
@@ -62,10 +63,27 @@ class Plan:
     loss_name: str = "cross_entropy"
     label_smoothing: float = 0.0
     precision: Precision = "highest"
+    chains: int = 1  # runs of alphas, each begun without a neighbour's eigenvectors
 
     def __post_init__(self) -> None:
+        if not 1 <= self.chains <= len(self.alphas):
+            raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
+
+    @property
+    def rounds(self) -> list[tuple[int, ...]]:
+        """Indices of the alphas in the order in which they are measured, those that come at once together.
+
+        >>> Plan(alphas_from(5), (), 0, None, 64, "block", chains=2).rounds
+        [(0, 3), (1, 4), (2,)]
+        """
+        runs = np.array_split(np.arange(len(self.alphas)), self.chains)
+        return [tuple(int(run[i]) for run in runs if i < len(run)) for i in range(len(runs[0]))]
+
+    def begins(self, index: int) -> bool:
+        """Return whether an alpha is the first of its chain."""
+        return index in self.rounds[0]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,6 +110,8 @@ class Job:
     sources: tuple[dict[str, str], dict[str, str]]  # where the weights are on disk, and their hash
     device: torch.device
     warnings: list[str]
+    ranks: Ranks = ALONE
+    parallel: Parallel = "data"
     graph_bytes: int | None = None  # that kept graphs may take, see Point
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -102,6 +122,16 @@ class Job:
     def columns(self, split: Split) -> Tensor | None:
         """Return the split's classes on the device, None for all."""
         return None if split.columns is None else torch.tensor(split.columns, device=self.device)
+
+    @property
+    def team(self) -> Ranks:
+        """The processes that measure an alpha together."""
+        return self.objective.ranks
+
+    def batches(self, split: Split, ranks: Ranks) -> Iterator[Batch]:
+        """Yield this rank's batches of a split, on the device."""
+        mine = ranks.mine(split, split.batch_count)
+        return (piece.to(self.device) for batch in mine for piece in batch.split(self.objective.pieces))
 
     def count(self, point: Point) -> None:
         """Add the point's products to the cost."""
@@ -121,17 +151,26 @@ class Job:
             "batch_size": plan.batch_size,
             "loss": [plan.loss_name, plan.label_smoothing],
             "precision": plan.precision,
+            "chains": plan.chains,
         }
 
     def describe(self, plan: Plan, done: int) -> str:
         """Return the plan in one line."""
         resumed = f", {done} cells are there already" if done else ""
         names = ", ".join(plan.settings) or "accuracy only"
+        place = str(self.device)
+        if self.ranks.size > 1:
+            place = f"{self.ranks.size} x {self.device.type}, sharing {self.parallel}"
         return (
-            f"{len(self.layers.layers)} layers x {len(plan.alphas)} alphas on {self.device}: {names} "
+            f"{len(self.layers.layers)} layers x {len(plan.alphas)} alphas on {place}: {names} "
             f"on {self.curvature_images} images of {self.curvature_split!r}; "
             f"evaluation on {', '.join(f'{s.name} ({len(s)})' for s in self.splits)}{resumed}"
         )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Versions, device and arithmetic."""
+        return provenance(self.device, next(iter(self.path.start.values())).dtype)
 
     def meta(self, plan: Plan, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Return the plan and provenance of a result, see :class:`sharpscope.result.ScanResult`."""
@@ -153,8 +192,8 @@ class Job:
                 )
             },
             "partition": {layer: list(names) for layer, names in self.all_layers.layers.items()},
-            "provenance": provenance(self.device, next(iter(self.path.start.values())).dtype),
-            "cost": {"seconds": round(seconds, 3), **dict(self.counts)},
+            "provenance": self.provenance,
+            "cost": {"seconds": round(seconds, 3), "processes": self.ranks.size, **dict(self.counts)},
             "warnings": self.warnings,
             "plan": identity,
         }
@@ -227,8 +266,12 @@ def prepare(
     plan: Plan,
     patterns: Mapping[str, str] | None,
     device: str | None,
+    ranks: Ranks = ALONE,
+    parallel: Parallel = "data",
 ) -> Job:
     """Return the job, after checking models against each other and the data against the models.
+
+    With ``parallel="data"`` the ranks measure every alpha together.
 
     Cost: two forwards and one gradient of a batch, and a forward per split.
     """
@@ -237,7 +280,7 @@ def prepare(
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else next(iter(path.start.values())).device))
+    place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
     path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
     if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
@@ -247,7 +290,7 @@ def prepare(
         for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
-    objective = Objective(networks[0].forward, plan.loss, batches)
+    objective = Objective(networks[0].forward, plan.loss, batches, ranks=ranks if parallel == "data" else ALONE)
     layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
     return Job(
         path=path,
@@ -265,6 +308,8 @@ def prepare(
         sources=(on_disk(models[0]), on_disk(models[1])),
         device=place,
         warnings=notes,
+        ranks=ranks,
+        parallel=parallel,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -24,6 +25,7 @@ from sharpscope.partition import Granularity
 from sharpscope.plan import Job, Plan, alphas_from, prepare
 from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
+from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
 from sharpscope.storage import locked, writing
@@ -32,8 +34,8 @@ from sharpscope.tree import Tree
 
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
-    batches = (piece.to(job.device) for batch in split for piece in batch.split(job.objective.pieces))
-    examples = per_example(job.objective.forward, weights, batches, job.columns(split))
+    batches = job.batches(split, job.team)
+    examples = per_example(job.objective.forward, weights, batches, job.columns(split), job.team)
     check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
     return evaluation_cell(alpha, split.name, examples)
 
@@ -65,7 +67,7 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
     if not missing:
         return
-    guesses = memory.before(index, str(job.device))
+    guesses = {} if plan.begins(index) else memory.before(index, str(job.device))
     point = Point(
         job.objective,
         weights,
@@ -93,19 +95,51 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
         After all others, if alphas could not be measured.
     """
     faults: dict[float, MeasurementError] = {}
-    for index, alpha in enumerate(plan.alphas):
+
+    def measured(index: int) -> Iterator[Cell]:
         at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
-        try:
-            for cell in that_fit(job, at, f"alpha {alpha:g}", progress.say):
-                journal.append(cell)
-                yield cell
-        except MeasurementError as fault:
-            faults[alpha] = fault
-            progress.say(f"alpha {alpha:g} failed: {fault.problem}")
-        else:
-            progress.alpha_done(index, alpha)
+        # Ranks that share a product cannot begin again one by one: there, running out of memory ends the scan.
+        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if job.team.size == 1 else at()
+
+    for indices in plan.rounds:
+        together = ((index, measured(index)) for index in indices)
+        for index, found in _apart(job.ranks, indices, measured) if job.parallel == "alphas" else together:
+            alpha = plan.alphas[index]
+            try:
+                for cell in found:
+                    journal.append(cell)
+                    yield cell
+            except MeasurementError as fault:
+                faults[alpha] = fault
+                progress.say(f"alpha {alpha:g} failed: {fault.problem}")
+            else:
+                progress.alpha_done(index, alpha)
     if faults:
         raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
+
+
+def _apart(
+    ranks: Ranks, indices: Sequence[int], measured: Callable[[int], Iterator[Cell]]
+) -> Iterator[tuple[int, Iterator[Cell]]]:
+    """Yield each alpha with its cells, found by one rank each; what was found before an error comes before it."""
+    mine: list[tuple[int, dict[str, Cell], MeasurementError | None]] = []
+    for index in indices[ranks.rank :: ranks.size]:
+        done: dict[str, Cell] = {}
+        error: MeasurementError | None = None
+        try:
+            for cell in measured(index):
+                done[cell.key] = cell
+        except MeasurementError as failure:
+            error = failure
+        mine.append((index, done, error))
+    for index, done, error in sorted(ranks.gathered(mine), key=lambda entry: entry[0]):
+        yield index, _replayed(done, error)
+
+
+def _replayed(done: Mapping[str, Cell], error: MeasurementError | None) -> Iterator[Cell]:
+    yield from done.values()
+    if error is not None:
+        raise error
 
 
 def _unmeasured(faults: Mapping[float, MeasurementError], plan: Plan, journal: Journal) -> MeasurementError:
@@ -172,6 +206,8 @@ def scan(
     fresh: bool = False,
     device: str | None = None,
     precision: Precision = "highest",
+    chains: int = 1,
+    parallel: Parallel | None = None,
     progress: bool | None = None,
 ) -> ScanResult:
     """Return sharpness, per layer and global, and accuracy along the path from ``model_a`` to ``model_b``.
@@ -223,6 +259,13 @@ def scan(
     precision
         Of float32 matrix products on a GPU: ``highest`` (full float32) or ``high`` (TF32: faster; a block product
         differed by 4e-4). Set for the scan only, and recorded.
+    chains
+        Runs of neighbouring alphas that are measured independently of each other: the first alpha of each starts its
+        eigenvector searches from the gradient, not from its neighbour's eigenvectors. Part of the plan.
+    parallel
+        What the processes of torch's default process group share, if there are several: ``"data"``, the batches of
+        every product, or ``"alphas"``, the chains. Default: ``"alphas"`` if there is a chain for each, else
+        ``"data"``. Neither changes a number. The first process writes and shows progress; all return the result.
     progress
         False for none; default a bar on a terminal, else a line per alpha, on stderr.
 
@@ -241,7 +284,6 @@ def scan(
     Cost for a network of L layers: some 50 to 150 gradients over ``limit`` images per alpha with the default
     measures, plus one forward over all data sets.
     """
-    started = time.monotonic()
     plan = Plan(
         alphas=alphas_from(alphas),
         measures=measures_from(measures),
@@ -253,31 +295,55 @@ def scan(
         loss_name=loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
         label_smoothing=label_smoothing,
         precision=precision,
+        chains=chains,
     )
-    id_split = as_split(loader, "id", progress=progress)
-    ood_splits = [
-        as_split(data, name, progress=progress).named(name).numbered_as(id_split.classes)
-        for name, data in (ood or {}).items()
-    ]
-    curvature = id_split
-    if sharpness_on is not None:
-        curvature = as_split(sharpness_on, "sharpness", progress=progress).numbered_as(id_split.classes)
-    folder = None if out is None else FilePath(out)
-    with matmul_precision(precision):
-        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device)
+    started = time.monotonic()
+    with joined() as ranks, matmul_precision(precision):
+        shared, show = parallel_from(parallel, plan.chains, ranks), progress if ranks.leads else False
+        id_split = as_split(loader, "id", progress=show)
+        ood_splits = [
+            as_split(data, name, progress=show).named(name).numbered_as(id_split.classes)
+            for name, data in (ood or {}).items()
+        ]
+        curvature = id_split
+        if sharpness_on is not None:
+            curvature = as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
+        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
-        with locked(folder):
-            if folder is not None and fresh:
-                _discard(folder)
-            journal = Journal(folder and folder / "cells.jsonl", job.identity(plan), fresh=fresh)
-            found = _measured(job, plan, moves, searched, journal, Memory(folder), progress)
+        folder = None if out is None else FilePath(out)
+        identity = job.identity(plan)
+        ranks.check_equal({**identity, "device": str(job.provenance["device"])})
+        with locked(folder if ranks.leads else None):
+            journal = _journal(ranks, identity, folder, fresh)
+            found = _measured(job, plan, moves, searched, journal, Memory(folder, job.team), show)
+            if shared == "alphas":
+                job.counts = sum(ranks.gathered([job.counts]), Counter())
             result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
-            if folder is not None:
+            if folder is not None and ranks.leads:
                 with writing(folder):
                     result.save(folder)
                 Memory(folder).clear()
     return result
+
+
+def _journal(ranks: Ranks, identity: Mapping[str, Any], folder: FilePath | None, fresh: bool) -> Journal:
+    """Return the journal: on rank 0 the one in the folder, on others its cells in memory."""
+    opened: list[Journal] = []
+
+    def cells_there() -> list[Cell]:
+        if folder is not None and fresh:
+            _discard(folder)
+        opened.append(Journal(folder and folder / "cells.jsonl", identity, fresh=fresh))
+        return list(opened[0])
+
+    known = ranks.led(cells_there)
+    if opened:
+        return opened[0]
+    copy = Journal(None, identity)
+    for cell in known:
+        copy.append(cell)
+    return copy
 
 
 def _discard(folder: FilePath) -> None:

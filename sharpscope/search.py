@@ -135,8 +135,9 @@ class Search:
             key = recipe_key(split.name, trial.key)
             if key not in self._journal:
                 weights = weights or self._weights(trial)
-                batches = (batch.to(self._job.device) for batch in split)
-                found = per_example(self._job.network.forward, weights, batches, self._job.columns(split))
+                forward, ranks = self._job.network.forward, self._job.ranks
+                batches = self._job.batches(split, ranks)
+                found = per_example(forward, weights, batches, self._job.columns(split), ranks)
                 check_finite(float(found["loss"].mean()), f"{trial.name} on {split.name!r}")
                 self._tick(f"{trial.name} · {split.name}")
                 yield Cell(key, (), {"correct": found["correct"]})

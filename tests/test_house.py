@@ -18,7 +18,7 @@ ROOMS = [
     ["tree", "naming"],
     ["partition"],
     ["recipe_file"],
-    ["path", "ball", "losses", "sparsity"],
+    ["path", "ball", "losses", "sparsity", "ranks"],
     ["objective"],
     ["network", "batches", "loaders", "data", "precision", "provenance"],
     ["replay"],

@@ -23,6 +23,7 @@ from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
 from sharpscope.plan import Plan, alphas_from, prepare
 from sharpscope.precision import deterministic_algorithms
+from sharpscope.ranks import launched
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
@@ -107,6 +108,7 @@ def plan_line(chosen: Settings) -> str:
         chosen.limit,
         chosen.batch_size,
         chosen.granularity,
+        chains=chosen.chains,
     )
     job = prepare(
         (found.zero_shot, found.fine_tuned),
@@ -144,6 +146,8 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         limit=chosen.limit,
         batch_size=chosen.batch_size,
         granularity=chosen.granularity,
+        chains=chosen.chains,
+        parallel=chosen.parallel,
         interventions=chosen.interventions,
         intervention_limit=chosen.intervention_limit,
         recipes=chosen.recipes,
@@ -170,11 +174,22 @@ def measure(
         See :func:`sharpscope.scan`.
     audit
         Log of an SPD training, shown in the page; None: ``spd.jsonl`` in ``out``, if there is one.
+
+    Notes
+    -----
+    In the processes that ``torchrun`` started all measure together, see ``parallel`` of :func:`sharpscope.scan`, and
+    the first one writes.
     """
     if audit is not None:
         read_audit(audit)  # before hours of measuring
-    with _threads(chosen.threads), deterministic_algorithms(chosen.deterministic):
-        result = _scanned(chosen, material(chosen, progress=progress), fresh, progress)
-    write_config(chosen, chosen.out)
-    write(result, Path(chosen.out), audit=audit)
+    with (
+        _threads(chosen.threads),
+        deterministic_algorithms(chosen.deterministic),
+        launched(chosen.device) as leads,
+    ):
+        found = material(chosen, progress=progress if leads else False)
+        result = _scanned(chosen, found, fresh, progress)
+        if leads:
+            write_config(chosen, chosen.out)
+            write(result, Path(chosen.out), audit=audit)
     return result

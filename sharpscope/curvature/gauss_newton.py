@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpscope.curvature.graphs import summed
 from sharpscope.objective import Batch, Objective
-from sharpscope.tree import Tree, select, zeros
+from sharpscope.tree import Tree, select
 
 if TYPE_CHECKING:
     from sharpscope.curvature.point import Part, Point
@@ -38,7 +38,7 @@ class GaussNewton:
     """
 
     def __init__(self, point: Point, budget: int) -> None:
-        self._leaves, self._counts = point.leaves, point.counts
+        self._leaves, self._counts, self._objective = point.leaves, point.counts, point.objective
         self._graphs = point.graphs_of(partial(_graph, point.objective, point.weights, point.leaves), budget)
 
     def product(self, v: Tree) -> Tree:
@@ -48,13 +48,10 @@ class GaussNewton:
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return ``G_ll v`` for the layer l made of the named tensors."""
         self._counts["gauss_newton_products"] += 1
-        total = zeros(select(self._leaves, names))
-        for part in self.parts():
-            total = {**total, **{name: total[name] + image for name, image in part(names, v).items()}}
-        return total
+        return self._objective.summed((part(names, v) for part in self.parts()), select(self._leaves, names))
 
     def parts(self) -> Iterator[Part]:
-        """Yield each batch's share of the matrix; not counted as products."""
+        """Yield the share in the matrix of each of this rank's batches; not counted as products."""
         for graphs in self._graphs.by_batch():
             yield partial(summed, self._part, graphs)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes, summed
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
-from sharpscope.tree import Tree, select, zeros
+from sharpscope.tree import Tree, select
 
 if TYPE_CHECKING:
     from sharpscope.curvature.gauss_newton import GaussNewton
@@ -33,7 +33,7 @@ class Operator(Protocol):
     """A symmetric matrix over the weights, known by its products; a sum over the batches of the data."""
 
     def parts(self) -> Iterator[Part]:
-        """Yield each batch's share of the matrix, in their order, as a function that gives its block products."""
+        """Yield the share in the matrix of each of this rank's batches, as a function that gives block products."""
 
     def product(self, v: Tree) -> Tree:
         """Return the matrix times v over all differentiated tensors."""
@@ -99,20 +99,28 @@ class Point:
         self._visit()
 
     def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
-        """Return a graph per batch of the objective, kept within the budget."""
-        return Graphs(make, self.objective.batches, self.weights.values(), budget, self.objective.pieces)
+        """Return a graph per batch of this rank, kept within the budget."""
+        return Graphs(make, self.objective.own_batches, self.weights.values(), budget, self.objective.pieces)
 
     def _visit(self) -> None:
         """Sum loss and gradient over the batches; see which tensors the loss touches."""
-        loss, total = 0.0, dict[str, Tensor]()
-        for graph in self._graphs:
-            loss += float(graph.loss)
-            for name, tensor in graph.gradient.items():
-                total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
+        losses, touched = list[float](), set[str]()
+
+        def parts() -> Iterator[Tree]:
+            for graphs in self._graphs.by_batch():
+                total: Tree = {}
+                for graph in graphs:
+                    losses.append(float(graph.loss))
+                    for name, tensor in graph.gradient.items():
+                        total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
+                    del graph  # before the next is made
+                touched.update(total)
+                yield total
+
+        self.gradient = self.objective.summed(parts(), self.leaves)
         self.counts["gradients"] += 1
-        self.loss = loss
-        self.unused = frozenset(self.leaves.keys() - total.keys())
-        self.gradient: Tree = {**zeros(self.leaves), **total}
+        self.loss = sum(self.objective.ranks.gathered(losses))
+        self.unused = frozenset(self.leaves.keys() - set(self.objective.ranks.gathered(sorted(touched))))
 
     @cached_property
     def _above(self) -> dict[str, float]:
@@ -152,13 +160,10 @@ class Point:
         return self._product(names, v)
 
     def _product(self, names: Sequence[str], v: Tree) -> Tree:
-        total = zeros(select(self.leaves, names))
-        for part in self.parts():
-            total = {**total, **{name: total[name] + image for name, image in part(names, v).items()}}
-        return total
+        return self.objective.summed((part(names, v) for part in self.parts()), select(self.leaves, names))
 
     def parts(self) -> Iterator[Part]:
-        """Yield each batch's share of the Hessian; not counted as products."""
+        """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
         for graphs in self._graphs.by_batch():
             yield partial(summed, self._part, graphs)
 

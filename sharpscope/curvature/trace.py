@@ -20,6 +20,8 @@ OWN_GAIN = (
     4  # a layer's own draws do the work of so many joint ones; measured 3 to 7 for blocks, far more for small layers
 )
 _Draws = Iterator[Tree]
+_Answer = tuple[list[float], float]  # of a layer: sums of the draws, squared deviations of their entries
+_Answers = tuple[dict[str, _Answer], dict[str, _Answer]]  # of a batch: by layer, of joint and of own draws
 
 
 class Tally:
@@ -48,7 +50,7 @@ class Tally:
         self._scatter = 0.0  # and of their sums
         self._freedom = 0
 
-    def add(self, batches: list[tuple[list[float], float]], draws: int) -> None:
+    def add(self, batches: list[_Answer], draws: int) -> None:
         """Count a pass over all batches: each one's sums of its draws, and squared deviations of their entries."""
         self.samples += [math.fsum(sums[draw] for sums, _ in batches) for draw in range(draws)]
         self.batches = len(batches)
@@ -154,8 +156,8 @@ class Trace:
     ) -> None:
         """Draw what is ordered, batch by batch, so that a batch whose graph is not kept needs it once."""
         done = {"": len(next(iter(joint.values())).samples), **{layer: len(own[layer].samples) for layer in order.own}}
-        found: dict[tuple[str, bool], list[tuple[list[float], float]]] = {}
-        for number, part in enumerate(point.operator(self.matrix).parts()):
+        found: list[_Answers] = []
+        for number, part in enumerate(point.operator(self.matrix).parts(), point.objective.share.start):
 
             def draws(of: str, names: Sequence[str], count: int, number: int = number, part: Part = part) -> _Draws:
                 like = select(point.gradient, names)
@@ -164,14 +166,17 @@ class Trace:
                     image = part(names, probe)
                     yield {name: probe[name] * image[name] for name in image}
 
-            for layer, answer in _entries(draws("", layers.names, order.joint), layers.layers).items():
-                found.setdefault((layer, True), []).append(answer)
+            shared = _entries(draws("", layers.names, order.joint), layers.layers)
+            alone: dict[str, _Answer] = {}
             for layer, count in order.own.items():
                 names = layers.layers[layer]
-                answer = _entries(draws(layer, names, count), {layer: names})[layer]
-                found.setdefault((layer, False), []).append(answer)
-        for (layer, is_joint), batches in found.items():
-            (joint if is_joint else own)[layer].add(batches, order.joint if is_joint else order.own[layer])
+                alone |= _entries(draws(layer, names, count), {layer: names})
+            found.append((shared, alone))
+        batches = point.objective.ranks.gathered(found)
+        for layer in joint if order.joint else ():
+            joint[layer].add([shared[layer] for shared, _ in batches], order.joint)
+        for layer, count in order.own.items():
+            own[layer].add([alone[layer] for _, alone in batches], count)
         self._count(point, order)
 
     def _count(self, point: Point, order: _Order) -> None:
@@ -237,7 +242,7 @@ class _Order:
     own: dict[str, int]
 
 
-def _entries(draws: _Draws, layers: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[float], float]]:
+def _entries(draws: _Draws, layers: Mapping[str, Sequence[str]]) -> dict[str, _Answer]:
     """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean."""
     sums: dict[str, list[float]] = {layer: [] for layer in layers}
     squares, total = dict.fromkeys(layers, 0.0), dict[str, Tensor]()
