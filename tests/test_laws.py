@@ -37,7 +37,7 @@ def close(first, second, tolerance=1e-7):
     kind=KINDS,
     seed=SEEDS,
     cuts=st.lists(st.integers(1, 11), unique=True, max_size=4),
-    measure=st.sampled_from(MEASURES),
+    measure=st.sampled_from(MEASURES[1:]),  # every batch has trace probes of its own: test_trace.py
 )
 def test_how_examples_are_batched_changes_nothing(kind, seed, cuts, measure):
     net = made(kind, seed)

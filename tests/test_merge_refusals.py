@@ -357,7 +357,8 @@ def test_a_killed_merge_leaves_a_whole_checkpoint_or_none(tmp_path, overwrite):
             seen += [whole(folder) for folder in tmp_path.glob("m*_*") if not folder.name.endswith((".part", ".old"))]
             left += len(list(tmp_path.glob("*.part")))
         merger.stdin.close()
-    assert set(seen) == {0.25, 0.75}
+    assert seen
+    assert set(seen) <= {0.25, 0.75}  # which of the two a slow machine gets to is chance
     assert left > 0  # at least one was killed while it wrote
     assert not list(tmp_path.glob("*.old"))
 
