@@ -76,6 +76,7 @@ def settings(out: str | Path, kind: Kind = "success") -> Settings:
         threads=THREADS,
         alphas=ALPHAS,
         limit=IMAGES,
+        batch_size=IMAGES // 2,  # each half has trace probes of its own
         interventions=True,
         intervention_limit=MOVED,
         out=str(out),
