@@ -18,6 +18,7 @@ from sharpscope.losses import cross_entropy
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 from sharpscope.perturbation import AverageMSharpness, MSharpness
+from sharpscope.ranks import ALONE
 from sharpscope.table import MODEL, Row
 
 REPETITIONS = 400
@@ -36,6 +37,7 @@ class DensePoint:
         self.matrices, self.places = matrices, places
         self.gradient = self.leaves = leaves
         self.counts, self.memory, self.found = Counter(), {}, {}
+        self.objective = SimpleNamespace(share=slice(0, len(matrices)), ranks=ALONE)
 
     def operator(self, matrix):
         return self

@@ -389,6 +389,7 @@ def test_report_on_the_demos_directories_gives_the_same_rows_as_demo(run, assets
         *("report", "--zero-shot", zero_shot, "--fine-tuned", fine_tuned, "--templates", assets / "templates.txt"),
         *("--id", images / "id", "--ood", f"sketch={images / 'sketch'}", "--sharpness-on", images / "train"),
         *("--alphas", demo.ALPHAS, "--limit", demo.IMAGES, "--tolerance", demo.TOLERANCE),
+        *("--batch-size", demo.IMAGES // 2),
         *("--threads", demo.THREADS),
         *("--out", tmp_path / "report"),
     )

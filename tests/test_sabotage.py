@@ -49,7 +49,7 @@ BREAKAGES = {
     ),
     "all batches get the same probe": (
         "curvature/trace.py", "of, draw, number)", "of, draw)",
-        "test_trace.py::test_probes_of_their_own_for_every_batch_have_a_fraction_of_the_variance",
+        "test_trace.py::test_the_stated_error_is_the_spread_of_the_draws_where_all_batches_are_alike",
     ),
     "half the variance of a probe": (
         "curvature/trace.py", "else 2 * self.spread\n", "else 0.3 * self.spread\n",

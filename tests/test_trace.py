@@ -124,3 +124,12 @@ def test_what_differs_between_batches_is_no_error_of_the_trace():
     found = dict(Trace()(Point(fn, weights, ["a"]), partition(["a"]), seed=0))
     assert found["a"].value == pytest.approx(5 * 1001 / 2)
     assert found["a"].stderr == pytest.approx(0, abs=1e-9)
+
+
+def test_the_stated_error_is_the_spread_of_the_draws_where_all_batches_are_alike():
+    """Were all batches given one probe, draws would spread twice as far (four times the variance) as they say."""
+    fn, weights, layers = mlp_in_batches(6)
+    alike = Objective(fn.forward, fn.loss, fn.batches[:1] * 4)
+    for layer, found in Trace(first=300, most=300)(Point(alike, weights, list(weights)), layers, seed=0):
+        if layer != MODEL:  # whose stated error is a bound
+            assert 0.7 < np.var(found.samples) / len(found.samples) / found.stderr**2 < 1.4, layer
