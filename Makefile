@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= sharpscope-demo
 
-.PHONY: demo test lint types format environment rivals bench clean
+.PHONY: demo test lint types format environment rivals bench notebooks clean
 
 environment:
 	@$(PYTHON) .ci/environment.py
@@ -30,6 +30,9 @@ format: environment
 
 bench: environment
 	$(BIN)/python benchmarks/layerwise.py --size tiny
+
+notebooks: environment
+	$(BIN)/python tests/notebooks.py
 
 clean:
 	rm -rf .venv .venv.lock .libraries build dist *.egg-info
