@@ -23,7 +23,8 @@ HEADROOM = 0.5  # share of free memory that kept graphs may take; products need 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of the device (of this machine for a CPU)."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # given back when asked for
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

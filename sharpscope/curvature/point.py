@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes, summed
+from sharpscope.curvature.recorded import Products, Recorder
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
@@ -48,6 +49,7 @@ class _Graph:
 
     loss: Tensor
     gradient: Tree  # tensors the loss does not touch are absent
+    products: Products
 
 
 class Point:
@@ -95,7 +97,9 @@ class Point:
         device = self.leaves[names[0]].device
         self._budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         # Not a bound method: a cycle would keep the graphs until the collector runs, and leave the next point no room.
-        self._graphs = self.graphs_of(partial(_graph, objective, self.weights, self.leaves), self._budget)
+        self._graphs = self.graphs_of(
+            partial(_graph, objective, self.weights, self.leaves, Recorder(device)), self._budget
+        )
         self._visit()
 
     def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
@@ -173,14 +177,20 @@ class Point:
         if not live:
             return {}
         leaves = [self.leaves[name] for name in names]
-        outputs, directions = [graph.gradient[n] for n in live], [v[n] for n in live]
-        found = torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
-        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+        outputs = [graph.gradient[n] for n in live]
+
+        def product(v: Tree) -> Tree:
+            directions = [v[n] for n in live]
+            found = torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
+            return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+
+        return graph.products(tuple(names), {n: v[n] for n in live}, product)
 
 
-def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> _Graph:
-    with torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
+def _graph(objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, batch: Batch) -> _Graph:
+    with recorder.stream(), torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
         loss = objective.part(weights, batch)
         found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
-    return _Graph(loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None})
+    gradient = {name: tensor for name, tensor in pairs if tensor is not None}
+    return _Graph(loss.detach(), gradient, Products(recorder))

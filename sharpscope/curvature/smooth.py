@@ -1,4 +1,4 @@
-"""Activations and norms whose second derivative is one pass over memory instead of a dozen.
+"""Activations, norms and attention whose second derivative is one pass over memory instead of a dozen.
 
 Autograd differentiates the backward of GELU and LayerNorm operation by operation: 15 to 30 kernels, each reading and
 writing a whole activation, and as many tensors kept. On a GPU that is half the time of a Hessian product. Here the
@@ -8,7 +8,6 @@ backward is a function with a closed-form derivative of its own. The third deriv
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from sharpscope.curvature.attention import attention, plain
+from sharpscope.curvature.fusion import Fused
 
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -43,40 +45,19 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * (1 + t) + 0.5 * x * slope, slope + 0.5 * x * ((1 - t * t) * bend - 2 * t * slope * inner)
 
 
-class _Fused:
-    """A function of tensors, compiled into one kernel on a GPU where a compiler is there."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._plain = function
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        return self._fast(*tensors) if tensors[0].is_cuda else self._plain(*tensors)
-
-    def _fast(self, *tensors: Tensor) -> Any:
-        if self._compiled is None:  # only now: the compiler takes seconds to import
-            try:
-                self._compiled = torch.compile(self._plain, dynamic=True)
-                return self._compiled(*tensors)
-            except Exception as refusal:  # no compiler on the machine, or one that does not know the device
-                warnings.warn(f"sharpscope runs unfused, {type(refusal).__name__} in torch.compile", stacklevel=2)
-                self._compiled = self._plain
-        return self._compiled(*tensors)
-
-
-def _pulled(derivatives: Derivatives) -> _Fused:
+def _pulled(derivatives: Derivatives) -> Fused:
     def slope(g: Tensor, x: Tensor) -> Tensor:
         return g * derivatives(x)[0]
 
-    return _Fused(slope)
+    return Fused(slope)
 
 
-def _bent(derivatives: Derivatives) -> _Fused:
+def _bent(derivatives: Derivatives) -> Fused:
     def both(c: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = derivatives(x)
         return c * first, c * g * second
 
-    return _Fused(both)
+    return Fused(both)
 
 
 KINDS = {name: (_pulled(d), _bent(d)) for name, d in (("quick", _quick_gelu), ("none", _gelu), ("tanh", _gelu_tanh))}
@@ -134,7 +115,7 @@ def _norm_bends(
     return weight * flat + unit * p + q, by_x, g * flat
 
 
-_norm_slope, _norm_bend = _Fused(_norm_slopes), _Fused(_norm_bends)
+_norm_slope, _norm_bend = Fused(_norm_slopes), Fused(_norm_bends)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -176,7 +157,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Smooth(TorchFunctionMode):
-    """Routes GELU, QuickGELU (three calls: scale, sigmoid, product) and LayerNorm to the functions above."""
+    """Routes attention, GELU, QuickGELU (three calls: scale, sigmoid, product) and LayerNorm to the closed forms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +173,8 @@ class _Smooth(TorchFunctionMode):
             return _Activation.apply(args[0], kwargs.get("approximate", "none"))  # type: ignore[no-untyped-call]
         if name == "layer_norm" and (norm := _affine(*args, **kwargs)):
             return _Norm.apply(*norm)  # type: ignore[no-untyped-call]
+        if name == "scaled_dot_product_attention" and (asked := plain(*args, **kwargs)):
+            return attention(*asked)
         if name in ("mul", "__mul__", "__rmul__"):
             if self._gate is not None and any(
                 args[i] is self._gate[0] and args[1 - i] is self._gate[1] for i in (0, 1)

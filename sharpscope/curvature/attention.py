@@ -1,0 +1,121 @@
+"""Attention whose second derivative is one kernel, or eleven small products, instead of some forty.
+
+With S = scale q k', P = softmax(S) and output P v, the gradients for a cotangent g are
+
+    dP = g v',  dS = P (dP - rows(P dP)),  dq = scale dS k,  dk = scale dS' q,  dv = P' g
+
+where a product of two matrices of one shape is taken entry by entry and rows() sums over a row. Their cotangents
+a, b, c come back through
+
+    D = scale (a k' + q b'),  E = P (D - rows(P D)),
+    F = D (dP - rows(P dP)) - dP rows(P D) + g c',  W = P (F - rows(P F))
+
+as E v + P c for g, E' g for v, scale (W k + dS b) for q and scale (W' q + dS' a) for k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sharpscope.curvature.fusion import Fused
+
+TOKENS, WIDTHS = 64, (16, 32, 64)  # largest number of tokens, and widths of a head, that the kernel takes
+
+
+def _slopes(p: Tensor, dp: Tensor) -> Tensor:
+    return p * (dp - (p * dp).sum(-1, keepdim=True))
+
+
+def _bends(p: Tensor, dp: Tensor, d: Tensor, gc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dS, E and W of the module's docstring."""
+    mean_dp, mean_d = (p * dp).sum(-1, keepdim=True), (p * d).sum(-1, keepdim=True)
+    f = d * (dp - mean_dp) - dp * mean_d + gc
+    return p * (dp - mean_dp), p * (d - mean_d), p * (f - (p * f).sum(-1, keepdim=True))
+
+
+_slope, _bend = Fused(_slopes), Fused(_bends)
+
+
+def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """Return the module of Triton kernels if they take these tensors."""
+    same = q.shape == k.shape == v.shape and q.dim() == 4 and q.shape[-2] <= TOKENS and q.shape[-1] in WIDTHS
+    if not (same and q.is_cuda and q.dtype == torch.float32):
+        return None
+    try:
+        from sharpscope.curvature import kernels
+    except ImportError:  # no triton here
+        return None
+    return kernels
+
+
+class _Slope(torch.autograd.Function):
+    """``dq, dk, dv``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, scale: float
+    ) -> tuple[Tensor, ...]:
+        ctx.scale = scale
+        if p is None:
+            ctx.save_for_backward(g, q, k, v)
+            slopes: tuple[Tensor, ...] = _kernels(q, k, v).slopes(g, q, k, v, scale)
+            return slopes
+        dp = g @ v.mT
+        ctx.save_for_backward(g, q, k, v, p, dp)
+        ds = _slope(p, dp)
+        return ds @ k * scale, ds.mT @ q * scale, p.mT @ g
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
+        g, q, k, v, *known = ctx.saved_tensors
+        if not known:
+            return *_kernels(q, k, v).bends(a, b, c, g, q, k, v, ctx.scale), None, None
+        p, dp = known
+        ds, e, w = _bend(p, dp, torch.add(a @ k.mT, q @ b.mT) * ctx.scale, g @ c.mT)
+        by_q, by_k = (w @ k + ds @ b) * ctx.scale, (w.mT @ q + ds.mT @ a) * ctx.scale
+        return e @ v + p @ c, by_q, by_k, e.mT @ g, None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        if kernels := _kernels(q, k, v):
+            ctx.save_for_backward(q, k, v, None)
+            found: Tensor = kernels.attention(q, k, v, scale)
+            return found
+        p = torch.softmax(q @ k.mT * scale, -1)
+        ctx.save_for_backward(q, k, v, p)
+        return p @ v
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Slope.apply(g, *ctx.saved_tensors, ctx.scale), None  # type: ignore[no-untyped-call]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return ``softmax(scale q k') v``, shapes (..., tokens, width), differentiable twice."""
+    found: Tensor = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """Return the arguments of :func:`attention` if torch's ``scaled_dot_product_attention`` is asked for just that."""
+    special = attn_mask is not None or dropout_p or is_causal or enable_gqa
+    if special or not query.requires_grad or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return None
+    return query, key, value, query.shape[-1] ** -0.5 if scale is None else scale

@@ -1,0 +1,121 @@
+"""Triton kernels of attention over up to 64 tokens: a program holds a whole head of an example. Imports triton.
+
+The formulas are in `attention.py`. Tensors are (examples, heads, tokens, width) over memory in the order (examples,
+tokens, heads, width), as the linear layers around attention have it: nothing is copied there.
+"""
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+WARPS = 8
+
+
+@triton.jit
+def _tile(tensor, heads, tokens, width: tl.constexpr, block: tl.constexpr):
+    """Load the tokens of this program's head, zero beyond the last."""
+    example, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    row, column = tl.arange(0, block), tl.arange(0, width)
+    place = ((example * tokens + row[:, None]) * heads + head) * width + column[None, :]
+    return tl.load(tensor + place, mask=row[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def _keep(tensor, tile, heads, tokens, width: tl.constexpr, block: tl.constexpr):
+    """Store the tokens of this program's head."""
+    example, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    row, column = tl.arange(0, block), tl.arange(0, width)
+    place = ((example * tokens + row[:, None]) * heads + head) * width + column[None, :]
+    tl.store(tensor + place, tile, mask=row[:, None] < tokens)
+
+
+@triton.jit
+def _softmax(q, k, scale, tokens, block: tl.constexpr, precision: tl.constexpr):
+    s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+    s = tl.where(tl.arange(0, block)[None, :] < tokens, s, float("-inf"))
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def _attention(q, k, v, out, heads, tokens, scale, width: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):
+    key = _tile(k, heads, tokens, width, block)
+    p = _softmax(_tile(q, heads, tokens, width, block), key, scale, tokens, block, precision)
+    value = _tile(v, heads, tokens, width, block)
+    _keep(out, tl.dot(p, value, input_precision=precision), heads, tokens, width, block)
+
+
+@triton.jit
+def _slopes(
+    g, q, k, v, dq, dk, dv, heads, tokens, scale, width: tl.constexpr, block: tl.constexpr, precision: tl.constexpr
+):
+    query, key = _tile(q, heads, tokens, width, block), _tile(k, heads, tokens, width, block)
+    p = _softmax(query, key, scale, tokens, block, precision)
+    given = _tile(g, heads, tokens, width, block)
+    value = _tile(v, heads, tokens, width, block)
+    dp = tl.dot(given, tl.trans(value), input_precision=precision)
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+    _keep(dv, tl.dot(tl.trans(p), given, input_precision=precision), heads, tokens, width, block)
+    _keep(dq, tl.dot(ds, key, input_precision=precision), heads, tokens, width, block)
+    _keep(dk, tl.dot(tl.trans(ds), query, input_precision=precision), heads, tokens, width, block)
+
+
+@triton.jit
+def _bends(
+    a, b, c, g, q, k, v, by_g, by_q, by_k, by_v, heads, tokens, scale,
+    width: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    query, key = _tile(q, heads, tokens, width, block), _tile(k, heads, tokens, width, block)
+    p = _softmax(query, key, scale, tokens, block, precision)
+    given, value = _tile(g, heads, tokens, width, block), _tile(v, heads, tokens, width, block)
+    on_q, on_k = _tile(a, heads, tokens, width, block), _tile(b, heads, tokens, width, block)
+    d = tl.dot(on_q, tl.trans(key), input_precision=precision)
+    d = tl.dot(query, tl.trans(on_k), d, input_precision=precision) * scale
+    dp = tl.dot(given, tl.trans(value), input_precision=precision)
+    on_v = _tile(c, heads, tokens, width, block)
+    gc = tl.dot(given, tl.trans(on_v), input_precision=precision)
+    mean_dp, mean_d = tl.sum(p * dp, 1)[:, None], tl.sum(p * d, 1)[:, None]
+    f = d * (dp - mean_dp) - dp * mean_d + gc
+    e = p * (d - mean_d)
+    ds = p * (dp - mean_dp) * scale
+    w = p * (f - tl.sum(p * f, 1)[:, None]) * scale
+    found = tl.dot(e, value, input_precision=precision)
+    _keep(by_g, tl.dot(p, on_v, found, input_precision=precision), heads, tokens, width, block)
+    _keep(by_v, tl.dot(tl.trans(e), given, input_precision=precision), heads, tokens, width, block)
+    found = tl.dot(w, key, input_precision=precision)
+    _keep(by_q, tl.dot(ds, on_k, found, input_precision=precision), heads, tokens, width, block)
+    found = tl.dot(tl.trans(w), query, input_precision=precision)
+    _keep(by_k, tl.dot(tl.trans(ds), on_q, found, input_precision=precision), heads, tokens, width, block)
+
+
+def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, scale: float) -> tuple[Tensor, ...]:
+    examples, heads, tokens, width = inputs[0].shape
+    laid = [tensor.transpose(-3, -2).contiguous() for tensor in inputs]
+    found = [torch.empty_like(laid[0]) for _ in range(outputs)]
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    block = max(16, triton.next_power_of_2(tokens))
+    with torch.cuda.device(laid[0].device):
+        kernel[(examples * heads,)](
+            *laid, *found, heads, tokens, scale, width=width, block=block, precision=precision, num_warps=WARPS
+        )
+    return tuple(tensor.transpose(-3, -2) for tensor in found)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return the attention's output."""
+    return _run(_attention, (q, k, v), 1, scale)[0]
+
+
+def slopes(g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Return the gradients by q, k and v."""
+    return _run(_slopes, (g, q, k, v), 3, scale)
+
+
+def bends(
+    a: Tensor, b: Tensor, c: Tensor, g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """Return what cotangents of the gradients come to for g, q, k and v."""
+    return _run(_bends, (a, b, c, g, q, k, v), 4, scale)
