@@ -29,7 +29,7 @@ from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, Search, recipes_from
 from sharpscope.storage import locked, writing
-from sharpscope.table import Cell, Row, cell_key
+from sharpscope.table import MODEL, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
 
@@ -52,7 +52,8 @@ def _measure(job: Job, plan: Plan, point: Point, measure: Measure, alpha: float,
     for layer, estimate in measure(point, job.layers, plan.seed):
         found[layer] = estimate
         tick(measure.name, layer)
-    return _curvature_cell(alpha, job.curvature_split, measure.name, found)
+    ordered = {layer: found[layer] for layer in (*job.layers.layers, MODEL) if layer in found}
+    return _curvature_cell(alpha, job.curvature_split, measure.name, ordered)
 
 
 def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory, tick: Any) -> Iterator[Cell]:

@@ -72,6 +72,17 @@ def select(a: Tree, names: Iterable[str]) -> Tree:
     return {name: a[name] for name in names}
 
 
+def flat(a: Tree) -> Tensor:
+    """Return all entries in a row, in the dtype that holds them all."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in a.values()])
+
+
+def unflat(row: Tensor, like: Tree) -> Tree:
+    """Return the entries in the shapes and dtypes of ``like``, whose :func:`flat` has as many."""
+    pieces = torch.split(row, [tensor.numel() for tensor in like.values()])
+    return {n: p.view(t.shape).to(t.dtype) for p, (n, t) in zip(pieces, like.items(), strict=True)}
+
+
 def zeros(like: Tree) -> Tree:
     """Return a tree of zeros."""
     return {name: torch.zeros_like(tensor) for name, tensor in like.items()}

@@ -66,11 +66,12 @@ def density(
     names = layers.names if layer == MODEL else layers.layers[layer]
     like = select(point.gradient, names)
     size = sum(tensor.numel() for tensor in like.values())
+    product = block_of(point, matrix, layer, names)
     nodes, weights = np.zeros((draws, steps)), np.zeros((draws, steps))
     for draw in range(draws):
-        krylov = Krylov(block_of(point, matrix, layer, names), rademacher(like, seed, "density", layer, draw))
-        while len(krylov.values) < min(steps, size) and not krylov.exhausted:
-            krylov.step()
+        krylov = Krylov(rademacher(like, seed, "density", layer, draw))
+        while krylov.steps < min(steps, size) and not krylov.exhausted:
+            krylov.add(product(krylov.next))
         nodes[draw, : len(krylov.values)] = krylov.values
         weights[draw, : len(krylov.values)] = krylov.vectors[0] ** 2
     return Density(nodes, weights, size)

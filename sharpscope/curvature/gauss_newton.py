@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import summed
+from sharpscope.curvature.graphs import block_diagonal, summed
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
 
 if TYPE_CHECKING:
-    from sharpscope.curvature.point import Part, Point
+    from sharpscope.curvature.graphs import Part
+    from sharpscope.curvature.point import Point
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class GaussNewton:
 
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return ``G_ll v`` for the layer l made of the named tensors."""
-        self._counts["gauss_newton_products"] += 1
-        return self._objective.summed((part(names, v) for part in self.parts()), select(self._leaves, names))
+        return self.block_products({"": select(v, names)})[""]
+
+    def block_products(self, vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+        """Return ``G_ll v_l`` for several layers l, each made of the tensors that its vector has."""
+        self._counts["gauss_newton_products"] += len(vectors)
+        return block_diagonal(self._objective, self.parts(), vectors)
 
     def parts(self) -> Iterator[Part]:
         """Yield the share in the matrix of each of this rank's batches; not counted as products."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sharpscope.objective import Batch
-from sharpscope.tree import Tree
+from sharpscope.objective import Batch, Objective
+from sharpscope.tree import Tree, select
 
 Graph = TypeVar("Graph")
+
+# Names of a layer's tensors and a vector over them -> what one batch adds to the block's product, absent where nothing.
+Part = Callable[[Sequence[str], Tree], Tree]
 
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
 
@@ -127,3 +130,14 @@ def summed(
             total[name] = total[name] + tensor if name in total else tensor
         del graph  # before the next is made
     return total
+
+
+def block_diagonal(objective: Objective, parts: Iterator[Part], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Return the products of a matrix's blocks with vectors over tensors of their own, in one walk through the data."""
+
+    def share(part: Part) -> Tree:
+        return {name: tensor for v in vectors.values() for name, tensor in part(tuple(v), v).items()}
+
+    like = {name: tensor for v in vectors.values() for name, tensor in v.items()}
+    image = objective.summed((share(part) for part in parts), like)
+    return {layer: select(image, v) for layer, v in vectors.items()}

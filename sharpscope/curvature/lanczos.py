@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import FREE, Matrix, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, axpy, dot, gaussian, norm, scaled, select
+from sharpscope.tree import Tree, axpy, flat, gaussian, norm, scaled, select, unflat
 
 Product = Callable[[Tree], Tree]
 
@@ -32,13 +34,13 @@ class Ritz:
 class Krylov:
     """Lanczos with full reorthogonalisation: grows an orthonormal basis in which the matrix is tridiagonal.
 
-    Memory: one vector per step.
+    Whoever has the matrix gives its product with :attr:`next` to :meth:`add`. Memory: one vector per step, flat.
     """
 
-    def __init__(self, product: Product, start: Tree) -> None:
-        self._product = product
-        self._next = scaled(start, 1 / norm(start))
-        self.basis: list[Tree] = []
+    def __init__(self, start: Tree) -> None:
+        self._like = start
+        self._next = flat(start) / norm(start)
+        self._basis: list[Tensor] = []
         self._diagonal: list[float] = []
         self._beside: list[float] = []
         self.values = np.zeros(0)  # ascending Ritz values
@@ -46,21 +48,31 @@ class Krylov:
         self.history: list[float] = []  # largest Ritz value after each step
         self.exhausted = False
 
-    def step(self) -> None:
-        """Add a basis vector; one product."""
-        self.basis.append(self._next)
-        image = self._product(self.basis[-1])
-        self._diagonal.append(dot(self.basis[-1], image))
+    @property
+    def next(self) -> Tree:
+        """The vector, of norm 1, whose image is wanted."""
+        return unflat(self._next, self._like)
+
+    @property
+    def steps(self) -> int:
+        """Number of images so far."""
+        return len(self._basis)
+
+    def add(self, image: Tree) -> None:
+        """Take the matrix times :attr:`next`."""
+        self._basis.append(self._next)
+        rest = flat(select(image, self._like))
+        self._diagonal.append(float(_inner(self._next, rest)))
         self.values, self.vectors = np.linalg.eigh(
             np.diag(self._diagonal) + np.diag(self._beside, 1) + np.diag(self._beside, -1)
         )
         self.history.append(float(self.values[-1]))
-        rest = _orthogonalised(image, self.basis)
-        length = norm(rest)
-        noise = torch.finfo(next(iter(rest.values())).dtype).eps * float(np.abs(self.values).max())
+        rest = _orthogonalised(rest, self._basis)
+        length = math.sqrt(float(_inner(rest, rest)))
+        noise = torch.finfo(rest.dtype).eps * float(np.abs(self.values).max())
         self.exhausted = length <= 10 * noise
         self._beside.append(length)
-        self._next = scaled(rest, 1 / length) if not self.exhausted else rest
+        self._next = rest / length if not self.exhausted else rest
 
     def residuals(self) -> np.ndarray:
         """Return the residual norm of each Ritz pair."""
@@ -68,32 +80,35 @@ class Krylov:
 
     def combination(self, weights: np.ndarray) -> Tree:
         """Return the sum of the Ritz vectors, ascending as their values, with these weights."""
-        shares = self.vectors @ weights
-        total = scaled(self.basis[0], float(shares[0]))
-        for share, vector in zip(shares[1:], self.basis[1:], strict=True):
-            total = axpy(float(share), vector, total)
-        return total
+        total = torch.zeros_like(self._next)
+        for share, vector in zip(self.vectors @ weights, self._basis, strict=True):
+            total.add_(vector, alpha=float(share))
+        return unflat(total, self._like)
 
     def vector(self, place: int) -> Tree:
         """Return a Ritz vector."""
         return self.combination(np.eye(len(self.values))[place])
 
-    def grown(self, tolerance: float, most: int, *, least: int = 2, count: int = 1) -> Krylov:
-        """Return self after stepping until the ``count`` top pairs have residuals up to ``tolerance * |value|``."""
+    def done(self, tolerance: float, most: int, *, least: int = 2, count: int = 1) -> bool:
+        """Return whether the ``count`` top pairs have residuals up to ``tolerance * |value|``, or no step is left."""
+        if self.exhausted or self.steps >= most:
+            return True
+        if self.steps < max(least, count):
+            return False
         top = slice(-count, None)
-        while not self.exhausted and len(self.basis) < most:
-            self.step()
-            met = self.residuals()[top] <= tolerance * np.abs(self.values[top])
-            if len(self.basis) >= max(least, count) and met.all():
-                break
-        return self
+        return bool((self.residuals()[top] <= tolerance * np.abs(self.values[top])).all())
 
 
-def _orthogonalised(vector: Tree, basis: list[Tree]) -> Tree:
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product, accumulated in float64, without waiting for the device."""
+    return torch.sum(a * b, dtype=torch.float64)
+
+
+def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
     # Twice is enough (Kahan-Parlett): without it float32 Lanczos loses orthogonality after the first converged pair.
     for _ in range(2):
         for earlier in basis:
-            vector = axpy(-dot(earlier, vector), earlier, vector)
+            vector = torch.addcmul(vector, earlier, -_inner(earlier, vector).to(vector.dtype))
     return vector
 
 
@@ -109,7 +124,9 @@ def largest(
     The residual bounds the distance to *an* eigenvalue; that it is the largest rests on the start vector having
     a part along its eigenvector, as everywhere with Krylov methods. An eigenvalue of multiplicity two is found once.
     """
-    krylov = Krylov(product, start).grown(tolerance, most, least=least, count=count)
+    krylov = Krylov(start)
+    while not krylov.done(tolerance, most, least=least, count=count):
+        krylov.add(product(krylov.next))
     residuals, history = krylov.residuals(), tuple(krylov.history)
     places = range(len(krylov.values))[::-1][:count]
     return [
@@ -159,24 +176,36 @@ class Eigenvalue:
         return ("" if self.matrix == "hessian" else "gauss_newton_") + f"lambda_{self.end}"
 
     def __call__(self, point: Point, layers: Partition, seed: int) -> Estimates:
-        """Yield an estimate per layer, then of the model; leave start vectors for the next alpha in ``point.found``."""
-        found = {}
-        for layer, names in {**layers.layers, MODEL: layers.names}.items():
-            krylov = self._grown(point, layer, names, seed)
-            found[f"{self.name}/{layer}"] = krylov.combination(_weights(krylov.values))
-            yield layer, self._estimate(krylov)
+        """Yield an estimate per layer as it is found, then of the model; leave start vectors in ``point.found``.
+
+        All layers take a step together: data whose graphs are not kept is gone through once for all of them.
+        """
+        found: dict[str, Tree] = {}
+        for together in (layers.layers, {MODEL: layers.names}):
+            growing = {layer: Krylov(self._guess(point, layer, names, seed)) for layer, names in together.items()}
+            while growing:
+                images = self._images(point, {layer: krylov.next for layer, krylov in growing.items()})
+                for layer, krylov in list(growing.items()):
+                    krylov.add(images[layer])
+                    if self._done(krylov, point, together[layer]):
+                        found[f"{self.name}/{layer}"] = krylov.combination(_weights(krylov.values))
+                        yield layer, self._estimate(growing.pop(layer))
         point.found.update(found)
 
-    def _grown(self, point: Point, layer: str, names: tuple[str, ...], seed: int) -> Krylov:
-        product = block_of(point, self.matrix, layer, names)
+    def _images(self, point: Point, vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+        images = point.operator(self.matrix).block_products(vectors)
+        return images if self.end == "max" else {layer: scaled(image, -1.0) for layer, image in images.items()}
+
+    def _guess(self, point: Point, layer: str, names: tuple[str, ...], seed: int) -> Tree:
         # In the layer's own order: sums over a tree read back from disk must not round differently.
         guess = select(point.memory.get(f"{self.name}/{layer}", point.gradient), names)
-        start = self._start(guess, (seed, self.name, layer))
-        size = sum(tensor.numel() for tensor in start.values())
-        krylov = Krylov(product if self.end == "max" else partial(_negated, product), start)
+        return self._start(guess, (seed, self.name, layer))
+
+    def _done(self, krylov: Krylov, point: Point, names: Sequence[str]) -> bool:
+        size = sum(tensor.numel() for tensor in select(point.gradient, names).values())
         # More steps where they cost nothing, as in a head, whose leading eigenvalues lie close together.
         least = 12 if point.share_above(names) < FREE else 2
-        return krylov.grown(self.tolerance, min(self.most, size), least=least)
+        return krylov.done(self.tolerance, min(self.most, size), least=least)
 
     def _start(self, guess: Tree, key: tuple[object, ...]) -> Tree:
         length, random = norm(guess), gaussian(guess, *key)
@@ -187,7 +216,7 @@ class Eigenvalue:
         sign = 1 if self.end == "max" else -1
         value, residual = float(krylov.values[-1]), float(krylov.residuals()[-1])
         met = residual <= self.tolerance * abs(value)  # a zero block: 0 <= 0
-        return Estimate(sign * value + 0.0, residual, len(krylov.basis), met, sign * np.array(krylov.history))
+        return Estimate(sign * value + 0.0, residual, krylov.steps, met, sign * np.array(krylov.history))
 
 
 def _weights(values: np.ndarray) -> np.ndarray:
@@ -203,7 +232,3 @@ def block_of(point: Point, matrix: Matrix, layer: str, names: tuple[str, ...]) -
     """Return the product of the layer's block, or of the whole matrix for the model."""
     operator = point.operator(matrix)
     return operator.product if layer == MODEL else partial(operator.block_product, names)
-
-
-def _negated(product: Product, v: Tree) -> Tree:
-    return scaled(product(v), -1.0)

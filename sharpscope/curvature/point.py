@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, free_bytes, summed
+from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, Part, block_diagonal, free_bytes, summed
 from sharpscope.curvature.recorded import Products, Recorder
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
@@ -26,10 +26,6 @@ FREE = (
 )
 
 
-# Names of a layer's tensors and a vector over them -> what one batch adds to the block's product, absent where nothing.
-Part = Callable[[Sequence[str], Tree], Tree]
-
-
 class Operator(Protocol):
     """A symmetric matrix over the weights, known by its products; a sum over the batches of the data."""
 
@@ -41,6 +37,9 @@ class Operator(Protocol):
 
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return the diagonal block of the named tensors times v."""
+
+    def block_products(self, vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+        """Return the diagonal blocks of the tensors that each vector has, times it."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +151,20 @@ class Point:
 
     def product(self, v: Tree) -> Tree:
         """Return ``H v``, H the Hessian of the mean loss over all differentiated tensors."""
-        self.counts["whole_products"] += 1
-        return self._product(tuple(self.leaves), v)
+        return self.block_product(tuple(self.leaves), v)
 
     def block_product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return ``H_ll v`` for the layer l made of the named tensors; v needs these names only.
 
         Exactly the restriction of :meth:`product` to a vector that is zero outside the layer.
         """
-        self.counts["block_products"] += 1
-        return self._product(names, v)
+        return self.block_products({"": select(v, names)})[""]
 
-    def _product(self, names: Sequence[str], v: Tree) -> Tree:
-        return self.objective.summed((part(names, v) for part in self.parts()), select(self.leaves, names))
+    def block_products(self, vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+        """Return ``H_ll v_l`` for several layers l, each made of the tensors that its vector has."""
+        for v in vectors.values():
+            self.counts["whole_products" if len(v) == len(self.leaves) else "block_products"] += 1
+        return block_diagonal(self.objective, self.parts(), vectors)
 
     def parts(self) -> Iterator[Part]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""

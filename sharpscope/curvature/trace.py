@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from sharpscope.curvature.estimate import Estimate, Estimates
-from sharpscope.curvature.point import FREE, Matrix, Part, Point
+from sharpscope.curvature.graphs import Part
+from sharpscope.curvature.point import FREE, Matrix, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
