@@ -22,6 +22,7 @@ from machine import facts, versions
 from towers import SIZES, STATES, images, tower, train
 
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
 from sharpscope.measures import measures_from
 from sharpscope.network import network
@@ -45,12 +46,12 @@ def seconds(work: Any) -> tuple[float, Any]:
 
 
 def at(
-    objective: Objective, weights: dict[str, torch.Tensor], partition: Any, memory: Any
+    objective: Objective, weights: dict[str, torch.Tensor], partition: Any, memory: Any, workspace: Workspace
 ) -> tuple[dict[str, Any], Any]:
     """Return the cost of each measure at one point, and what the next point may start from."""
     names = partition.names
     gradients = [seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)]
-    setup, point = seconds(lambda: Point(objective, weights, names, memory=memory))
+    setup, point = seconds(lambda: Point(objective, weights, names, memory=memory, workspace=workspace))
     found: dict[str, Any] = {"seconds": {"setup": setup}, "products": {}, "unconverged": {}}
     for measure in measures_from(MEASURES):
         before = dict(point.counts)
@@ -88,13 +89,13 @@ def main() -> None:
         x, y = (torch.cat(both).to(device) for both in zip(*images(size, chosen.images or size.images), strict=True))
         batch = chosen.batch or size.batch
         batches = tuple(Batch(*pair) for pair in zip(x.split(batch), y.split(batch), strict=True))
-        objective, memory, rows = Objective(net.forward, cross_entropy, batches), {}, []
+        objective, memory, rows, workspace = Objective(net.forward, cross_entropy, batches), {}, [], Workspace()
         first = Objective(net.forward, cross_entropy, batches[:1])
         warm = Point(first, {**buffers, **path(0.0)}, layers(net.module).names)
         warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
         del warm
         for alpha in chosen.alphas:
-            row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory)
+            row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory, workspace)
             rows.append({"alpha": alpha, **row})
             print(alpha, {k: round(v, 1) for k, v in row["gradients"].items()}, row["products"], row["unconverged"])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

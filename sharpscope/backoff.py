@@ -59,6 +59,7 @@ def back_off(job: Job, where: str) -> str:
     else:
         job.objective = replace(job.objective, pieces=2 * pieces)
         done = f"batches are computed in {2 * pieces} pieces"
+    job.workspace.clear()
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     job.warnings.append(f"out of memory at {where}: from there on {done}; numbers change by rounding only")

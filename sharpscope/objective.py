@@ -33,6 +33,20 @@ class Batch(NamedTuple):
             inputs = self.inputs.to(device)
         return Batch(inputs, self.targets.to(device))
 
+    def copy(self) -> Batch:
+        """Return the batch in memory of its own."""
+        if isinstance(self.inputs, Mapping):
+            return Batch({name: tensor.clone() for name, tensor in self.inputs.items()}, self.targets.clone())
+        return Batch(self.inputs.clone(), self.targets.clone())
+
+    def take(self, other: Batch) -> None:
+        """Overwrite the examples with those of a batch of the same shapes."""
+        pairs = [(self.inputs, other.inputs)]
+        if isinstance(self.inputs, Mapping):
+            pairs = [(tensor, other.inputs[name]) for name, tensor in self.inputs.items()]
+        for mine, theirs in [*pairs, (self.targets, other.targets)]:
+            mine.copy_(theirs)
+
     def split(self, pieces: int) -> list[Batch]:
         """Return the examples in so many batches, as even as may be, or fewer."""
         targets = self.targets.tensor_split(pieces)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharpscope._version import __version__
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.losses import Loss, cross_entropy
@@ -113,6 +114,7 @@ class Job:
     ranks: Ranks = ALONE
     parallel: Parallel = "data"
     graph_bytes: int | None = None  # that kept graphs may take, see Point
+    workspace: Workspace = field(default_factory=Workspace)
     counts: Counter[str] = field(default_factory=Counter)
 
     def weights(self, alpha: float) -> Tree:

@@ -76,6 +76,7 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
         graph_bytes=job.graph_bytes,
         memory=guesses,
         delta=job.path.delta,
+        workspace=job.workspace,
     )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
     for measure in missing:
@@ -170,6 +171,7 @@ def _measured(
         bar.say(job.describe(plan, len(journal)))
         for _ in cells(job, plan, journal, memory, bar):
             pass
+        job.workspace.clear()
         if moves:
             bar.say(moves.describe(job))
             for cell in moves.cells(job, plan, journal, bar.count):

@@ -110,7 +110,7 @@ def test_a_scan_that_runs_out_of_memory_goes_on_in_pieces_with_the_same_probes()
 
 def test_a_scan_for_which_one_example_is_too_much_ends_with_a_sentence(monkeypatch):
     class Full(Point):
-        def _product(self, names, v):
+        def parts(self):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("sharpscope.scanner.Point", Full)

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sharpscope import tree
 from sharpscope.curvature.attention import attention
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.recorded import Products, Recorder
 from sharpscope.curvature.smooth import smooth
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
 from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
@@ -84,9 +86,9 @@ def test_masked_attention_is_left_to_torch(how):
         assert type(F.scaled_dot_product_attention(q, q, q, **how).grad_fn).__name__ != "_AttentionBackward"
 
 
-def objective(device, dtype):
+def objective(device, dtype, kind=Mapped):
     torch.manual_seed(0)
-    net = Mapped().to(device, dtype)
+    net = kind().to(device, dtype).eval()
     x, y = heads(12, 5, 32, dtype=dtype, device=device), (torch.arange(12) % 3).to(device)
     of = network(net, "the network")
     batches = tuple(Batch(a, b) for a, b in zip(x.split(5), y.split(5), strict=True))
@@ -107,37 +109,50 @@ def test_products_through_attention_are_autograds(how):
         torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-12)
 
 
-def test_nothing_is_recorded_without_a_gpu():
-    products = Products(Recorder(torch.device("cpu")))
-    for factor in (1.0, 2.0, 3.0):
-        found = products(("a",), {"a": torch.ones(2)}, lambda v, f=factor: {"a": f * v["a"]})
-        assert found["a"].tolist() == [factor, factor]
+def test_nothing_is_recorded_without_a_recorder_or_a_gpu():
+    for products in (Products(), Products(Recorder(torch.device("cpu")))):
+        for factor in (1.0, 2.0, 3.0):
+            found = products(("a",), {"a": torch.ones(2)}, lambda v, f=factor: {"a": f * v["a"]})
+            assert found["a"].tolist() == [factor, factor]
+
+
+def moved(weights, step):
+    return {n: w + step * tree.gaussian({n: w}, "way")[n] for n, w in weights.items()}
 
 
 @needs_gpu
-@pytest.mark.parametrize("names", ["all", "layer"])
-def test_recorded_products_are_the_unrecorded_ones(names):
+@pytest.mark.parametrize("graph_bytes", [None, 0])
+@pytest.mark.parametrize("part", ["", "qkv"])
+def test_recorded_points_are_the_unrecorded_ones_along_a_path(part, graph_bytes):
+    """Batches of 5, 5 and 2, kept or renewed in one place; three products at each of three points."""
     goal, weights = objective("cuda", torch.float64)
-    point = Point(goal, weights, tuple(weights))
-    taken = tuple(weights) if names == "all" else tuple(n for n in weights if "qkv" in n)
-    vectors = [{n: heads(*weights[n].shape, seed=s, device="cuda") for n in taken} for s in range(4)]
-    first = [point.block_product(taken, v) for v in vectors]  # each batch: plain, recorded, replayed, replayed
-    assert point._graphs.kept[0].products.recorder.on
-    for v, found in zip(vectors, first, strict=True):
-        anew = Point(goal, weights, tuple(weights)).block_product(taken, v)
-        for n in taken:
-            torch.testing.assert_close(found[n], anew[n], rtol=1e-11, atol=1e-13)
+    workspace, names = Workspace(), tuple(weights)
+    taken = tuple(n for n in names if part in n)
+    for step in (0.0, 0.1, 0.3):
+        here = moved(weights, step)
+        point = Point(goal, here, names, workspace=workspace, graph_bytes=graph_bytes)
+        plain = Point(goal, here, names)
+        assert point.loss == pytest.approx(plain.loss, rel=1e-13)
+        torch.testing.assert_close(point.gradient, plain.gradient, rtol=1e-11, atol=1e-13)
+        for seed in range(3):
+            v = tree.gaussian(tree.select(weights, taken), seed)
+            torch.testing.assert_close(
+                point.block_product(taken, v), plain.block_product(taken, v), rtol=1e-11, atol=1e-13
+            )
+    assert workspace._recorder.on
+
+
+class Waiting(Mapped):
+    """A network that looks at a number on the host, which no recording can."""
+
+    def forward(self, x):
+        return super().forward(x) * (2.0 if float(x.sum()) > 1e9 else 1.0)
 
 
 @needs_gpu
-def test_what_cannot_be_recorded_runs_as_it_is():
-    products = Products(Recorder(torch.device("cuda")))
-
-    def waits(v):
-        return {"a": v["a"] * float(v["a"].sum())}
-
-    v = {"a": torch.full((2,), 2.0, device="cuda")}
-    products(("a",), v, waits)
+def test_a_network_that_cannot_be_recorded_is_measured_all_the_same():
+    goal, weights = objective("cuda", torch.float64, Waiting)
     with pytest.warns(UserWarning, match="unrecorded"):
-        found = products(("a",), v, waits)
-    assert found["a"].tolist() == [8.0, 8.0]
+        point = Point(goal, weights, tuple(weights), workspace=Workspace())
+    v = tree.gaussian(weights, "v")
+    torch.testing.assert_close(point.product(v), Point(goal, weights, tuple(weights)).product(v))

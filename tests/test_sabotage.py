@@ -40,7 +40,7 @@ BREAKAGES = {
         "test_point.py::test_a_point_that_is_dropped_frees_its_graphs",
     ),
     "a batch's graph is freed though it stays": (
-        "curvature/point.py", "retain_graph=True", "retain_graph=False",
+        "curvature/workspace.py", "retain_graph=True", "retain_graph=False",
         "test_point.py::test_product_is_symmetric_and_linear",
     ),
     "a cross block leaks into a layer": (

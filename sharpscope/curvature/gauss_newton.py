@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import block_diagonal, summed
+from sharpscope.curvature.graphs import Graphs, block_diagonal, summed
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
 
@@ -40,7 +40,8 @@ class GaussNewton:
 
     def __init__(self, point: Point, budget: int) -> None:
         self._leaves, self._counts, self._objective = point.leaves, point.counts, point.objective
-        self._graphs = point.graphs_of(partial(_graph, point.objective, point.weights, point.leaves), budget)
+        make, objective = partial(_graph, point.objective, point.weights, point.leaves), point.objective
+        self._graphs = Graphs(make, objective.own_batches, point.weights.values(), budget, objective.pieces)
 
     def product(self, v: Tree) -> Tree:
         """Return ``G v`` over all differentiated tensors."""

@@ -96,7 +96,14 @@ class Graphs(Generic[Graph]):
             if index < len(self.kept):
                 yield self.kept[index]
             else:
-                yield self._make(batch) if self._full else self._first(batch)
+                yield self._again(batch) if self._full else self._first(batch)
+
+    def _again(self, batch: Batch) -> Graph:
+        return self._make(batch)
+
+    def renew(self) -> None:
+        """Compute the kept graphs anew where they lie; here none can be, see the workspace."""
+        raise NotImplementedError
 
     def _first(self, batch: Batch) -> Graph:
         counter = _SavedBytes(self._constants)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
-
-from sharpscope.curvature.graphs import HEADROOM, Graph, Graphs, Part, block_diagonal, free_bytes, summed
-from sharpscope.curvature.recorded import Products, Recorder
-from sharpscope.curvature.smooth import smooth
-from sharpscope.objective import Batch, Objective
+from sharpscope.curvature.graphs import Part, block_diagonal, summed
+from sharpscope.curvature.workspace import GradientGraph, Workspace
+from sharpscope.objective import Objective
 from sharpscope.tree import Tree, select
 
 if TYPE_CHECKING:
@@ -42,15 +37,6 @@ class Operator(Protocol):
         """Return the diagonal blocks of the tensors that each vector has, times it."""
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """The gradient of one batch with the graph to differentiate it again."""
-
-    loss: Tensor
-    gradient: Tree  # tensors the loss does not touch are absent
-    products: Products
-
-
 class Point:
     """An objective at fixed weights, differentiable twice; as an operator, its Hessian.
 
@@ -74,6 +60,9 @@ class Point:
         What this point finds goes to ``found``.
     delta
         The way that the path goes through this point: end minus start.
+    workspace
+        What points before this one were made with: on a GPU this point takes over the memory of the last, and
+        products are recorded. That pays from some ten products on.
     """
 
     def __init__(
@@ -85,25 +74,16 @@ class Point:
         graph_bytes: int | None = None,
         memory: dict[str, Tree] | None = None,
         delta: Tree | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         self.objective = objective
         self.memory = memory or {}
         self.found: dict[str, Tree] = {}
         self.delta = delta
         self.counts: Counter[str] = Counter()
-        self.leaves: Tree = {name: weights[name].detach().requires_grad_() for name in names}
-        self.weights: Tree = {**weights, **self.leaves}
-        device = self.leaves[names[0]].device
-        self._budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
-        # Not a bound method: a cycle would keep the graphs until the collector runs, and leave the next point no room.
-        self._graphs = self.graphs_of(
-            partial(_graph, objective, self.weights, self.leaves, Recorder(device)), self._budget
-        )
+        self._place = (workspace or Workspace(recording=False)).place(objective, weights, names, graph_bytes)
+        self.weights, self.leaves, self._graphs = self._place.weights, self._place.leaves, self._place.graphs
         self._visit()
-
-    def graphs_of(self, make: Callable[[Batch], Graph], budget: int) -> Graphs[Graph]:
-        """Return a graph per batch of this rank, kept within the budget."""
-        return Graphs(make, self.objective.own_batches, self.weights.values(), budget, self.objective.pieces)
 
     def _visit(self) -> None:
         """Sum loss and gradient over the batches; see which tensors the loss touches."""
@@ -115,7 +95,7 @@ class Point:
                 for graph in graphs:
                     losses.append(float(graph.loss))
                     for name, tensor in graph.gradient.items():
-                        total[name] = total[name] + tensor.detach() if name in total else tensor.detach()
+                        total[name] = total[name] + tensor.detach() if name in total else tensor.detach().clone()
                     del graph  # before the next is made
                 touched.update(total)
                 yield total
@@ -143,7 +123,7 @@ class Point:
         """The Gauss-Newton matrix at this point; its graphs share the budget of the Hessian's."""
         from sharpscope.curvature.gauss_newton import GaussNewton
 
-        return GaussNewton(self, self._budget - self._graphs.kept_bytes)
+        return GaussNewton(self, self._place.budget - self._graphs.kept_bytes)
 
     def operator(self, matrix: Matrix) -> Operator:
         """Return the Hessian or the Gauss-Newton matrix."""
@@ -171,26 +151,5 @@ class Point:
         for graphs in self._graphs.by_batch():
             yield partial(summed, self._part, graphs)
 
-    def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
-        # A gradient without grad_fn is constant: its row of the Hessian is zero.
-        live = [n for n in names if n in graph.gradient and graph.gradient[n].requires_grad]
-        if not live:
-            return {}
-        leaves = [self.leaves[name] for name in names]
-        outputs = [graph.gradient[n] for n in live]
-
-        def product(v: Tree) -> Tree:
-            directions = [v[n] for n in live]
-            found = torch.autograd.grad(outputs, leaves, directions, retain_graph=True, allow_unused=True)
-            return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
-
-        return graph.products(tuple(names), {n: v[n] for n in live}, product)
-
-
-def _graph(objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, batch: Batch) -> _Graph:
-    with recorder.stream(), torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
-        loss = objective.part(weights, batch)
-        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
-    pairs = zip(leaves, found, strict=True)
-    gradient = {name: tensor for name, tensor in pairs if tensor is not None}
-    return _Graph(loss.detach(), gradient, Products(recorder))
+    def _part(self, graph: GradientGraph, names: Sequence[str], v: Tree) -> Tree:
+        return graph.product(self.leaves, names, v)

@@ -1,4 +1,4 @@
-"""Products recorded as CUDA graphs: thousands of kernels launched at once instead of one by one."""
+"""Work recorded as CUDA graphs: thousands of kernels launched at once instead of one by one."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from sharpscope.tree import Tree
 
 Product = Callable[[Tree], Tree]
+Result = TypeVar("Result")
 
 
 class Recorder:
-    """Records functions of a tree on a GPU; on any other device it does nothing.
-
-    A product with the kept graph of a batch runs the same kernels on the same memory each time, and launching them one
-    by one can take longer than running them. Work on the GPU is done on a stream of its own, as recording needs.
+    """Records work on a GPU; on any other device it is off.
 
     Parameters
     ----------
     device
-        Of the tensors.
+        That the work runs on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +32,7 @@ class Recorder:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Work in here runs on the recorder's stream, after what is before it and before what comes after."""
+        """Work in here runs on a stream of its own, as recording needs, in its turn with what is around it."""
         if self._stream is None:
             yield
             return
@@ -45,54 +44,61 @@ class Recorder:
         finally:
             around.wait_stream(self._stream)
 
-    def record(self, product: Product, v: Tree) -> Product:
-        """Return the product recorded, for trees like v; itself where it cannot be. Call within :meth:`stream`."""
+    def record(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Return a function that does the work again, and the work's result, which is not there before that.
+
+        To be called within :meth:`stream`. The memory that the work takes belongs to the recording; what it leaves
+        behind may be overwritten by another recording's replay, except its result.
+
+        Raises
+        ------
+        RuntimeError
+            If the work cannot be recorded, as it waits for the device.
+        """
         graph = torch.cuda.CUDAGraph()
-        inputs = {name: tensor.clone() for name, tensor in v.items()}
+        # Only this thread's calls count: others, as those that watch over a process group, go on meanwhile.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            # Only this thread's calls count: others, as those that watch over a process group, go on meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                outputs = product(inputs)
-            finally:
-                graph.capture_end()
-        except RuntimeError as refusal:  # an operation that waits for the device, or memory that is not there
-            self.on = False
-            warnings.warn(f"Hessian products run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)
-            return product
-        return _Recording(graph, inputs, outputs)
+            result = work()
+        finally:
+            graph.capture_end()
+        return graph.replay, result
 
 
 @dataclass(frozen=True)
-class _Recording:
-    graph: torch.cuda.CUDAGraph
+class _Recorded:
+    replay: Callable[[], None]
     inputs: Tree
     outputs: Tree
 
     def __call__(self, v: Tree) -> Tree:
         for name, tensor in self.inputs.items():
             tensor.copy_(v[name])
-        self.graph.replay()
+        self.replay()
         return {name: tensor.clone() for name, tensor in self.outputs.items()}  # the next replay writes there
 
 
 @dataclass
 class Products:
-    """Products by the tensors they are for: the first of each runs as it is, the second is recorded."""
+    """Products with a graph, recorded where a recorder is there and on."""
 
-    recorder: Recorder
-    _known: dict[tuple[str, ...], Product | None] = field(default_factory=dict)
+    recorder: Recorder | None = None
+    _known: dict[tuple[str, ...], _Recorded] = field(default_factory=dict)
 
     def __call__(self, names: tuple[str, ...], v: Tree, product: Product) -> Tree:
-        """Return ``product(v)``."""
+        """Return ``product(v)``, the same function for the same names."""
+        if self.recorder is None:
+            return product(v)
         with self.recorder.stream():
-            if not self.recorder.on:
-                return product(v)
-            if (
-                names not in self._known
-            ):  # kernels are compiled and libraries set up in the first, which none may record
-                self._known[names] = None
-                return product(v)
-            recorded = self._known[names] or self.recorder.record(product, v)
-            self._known[names] = recorded
-            return recorded(v)
+            if names not in self._known and self.recorder.on:
+                self._record(names, v, product, self.recorder)
+            return self._known.get(names, product)(v)
+
+    def _record(self, names: tuple[str, ...], v: Tree, product: Product, recorder: Recorder) -> None:
+        inputs = {name: tensor.clone() for name, tensor in v.items()}
+        try:
+            replay, outputs = recorder.record(lambda: product(inputs))
+            self._known[names] = _Recorded(replay, inputs, outputs)
+        except RuntimeError as refusal:  # also for want of memory
+            recorder.on = False
+            warnings.warn(f"Hessian products run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)

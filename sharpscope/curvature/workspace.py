@@ -1,0 +1,190 @@
+"""Weights and gradient graphs of a point; on a GPU they stay in place and serve the next point as well."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
+from sharpscope.curvature.recorded import Products, Recorder
+from sharpscope.curvature.smooth import smooth
+from sharpscope.objective import Batch, Objective
+from sharpscope.tree import Tree
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """The gradient of one batch with the graph to differentiate it again."""
+
+    loss: Tensor
+    gradient: Tree  # tensors the loss does not touch are absent
+    products: Products
+
+    def product(self, leaves: Tree, names: Sequence[str], v: Tree) -> Tree:
+        """Return what the batch adds to the block of the named tensors times v; tensors without a part are absent."""
+        # A gradient without grad_fn is constant: its row of the Hessian is zero.
+        live = [n for n in names if n in self.gradient and self.gradient[n].requires_grad]
+        if not live:
+            return {}
+        gradient, by = [self.gradient[n] for n in live], [leaves[n] for n in names]
+
+        def product(v: Tree) -> Tree:
+            directions = [v[n] for n in live]
+            found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
+            return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+
+        return self.products(tuple(names), {n: v[n] for n in live}, product)
+
+
+@dataclass(frozen=True)
+class RenewedGraph(GradientGraph):
+    """A gradient graph that was recorded, and can be computed anew where it lies."""
+
+    renew: Callable[[Batch], None]  # for these examples and the weights as they are now
+
+
+@dataclass(frozen=True)
+class Place:
+    """Weights with graphs over them; ``leaves`` are those of the weights that are differentiated."""
+
+    objective: Objective
+    weights: Tree
+    leaves: Tree
+    graphs: Graphs[Any]
+    budget: int  # bytes that kept graphs may take
+    asked: int | None = None
+
+    def serves(self, objective: Objective, names: Sequence[str], graph_bytes: int | None) -> bool:
+        """Return whether it is one for just that."""
+        return objective is self.objective and tuple(names) == tuple(self.leaves) and graph_bytes == self.asked
+
+
+class Workspace:
+    """Gives each point its place.
+
+    On a GPU the first point's stays for the next ones: the gradient graph of every batch is recorded, with the
+    products through it, and at another point all is replayed on the same memory with new weights. A point is of no
+    use any more once its workspace has served the next one. Elsewhere each point has a place of its own.
+    """
+
+    def __init__(self, *, recording: bool = True) -> None:
+        self._recording = recording
+        self._held: Place | None = None
+        self._recorder: Recorder | None = None
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._held = None
+
+    def place(self, objective: Objective, weights: Tree, names: Sequence[str], graph_bytes: int | None) -> Place:
+        """Return the place for the objective at these weights."""
+        device = weights[names[0]].device
+        if self._recorder is None:
+            self._recorder = Recorder(device if self._recording else torch.device("cpu"))
+        if self._held is not None and self._held.serves(objective, names, graph_bytes):
+            self._move(self._held, weights)
+            return self._held
+        self.clear()
+        budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
+        if self._recorder.on and objective.pieces == 1:
+            try:
+                self._held = self._recorded(objective, weights, names, budget, graph_bytes)
+                return self._held
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as refusal:  # an operation of the model that waits for the device
+                self._recorder.on = False
+                warnings.warn(f"gradients run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)
+        leaves = {name: weights[name].detach().requires_grad_() for name in names}
+        make = partial(_graph, objective, {**weights, **leaves}, leaves)
+        graphs = Graphs(make, objective.own_batches, weights.values(), budget, objective.pieces)
+        return Place(objective, {**weights, **leaves}, leaves, graphs, budget)
+
+    def _recorded(
+        self, objective: Objective, weights: Tree, names: Sequence[str], budget: int, asked: int | None
+    ) -> Place:
+        assert self._recorder is not None
+        own = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        leaves = {name: own[name].requires_grad_() for name in names}
+        batches = objective.own_batches
+        with self._recorder.stream():
+            for batch in {len(batch.targets): batch for batch in batches}.values():
+                _warm_up(objective, own, leaves, batch)
+        torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
+        graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder), batches, own, budget)
+        next(iter(graphs), None)  # what cannot be recorded shows here
+        return Place(objective, own, leaves, graphs, budget, asked)
+
+    @staticmethod
+    def _move(place: Place, weights: Tree) -> None:
+        for name, tensor in place.weights.items():
+            tensor.data.copy_(weights[name])  # .data: autograd takes no notice, as the graphs are renewed
+        place.graphs.renew()
+
+
+class _InPlace(Graphs[RenewedGraph]):
+    """Graphs computed anew where they lie: the kept ones at each point, one of each size for all batches beyond."""
+
+    def __init__(
+        self, make: Callable[[Batch], RenewedGraph], batches: Sequence[Batch], weights: Tree, budget: int
+    ) -> None:
+        super().__init__(make, batches, weights.values(), budget)
+        self._spare: dict[int, RenewedGraph] = {}
+
+    def renew(self) -> None:
+        for graph, batch in zip(self.kept, self._batches, strict=False):
+            graph.renew(batch)
+
+    def _first(self, batch: Batch) -> RenewedGraph:
+        graph = super()._first(batch)
+        if self._full:
+            self._spare[len(batch.targets)] = graph
+        return graph
+
+    def _again(self, batch: Batch) -> RenewedGraph:
+        size = len(batch.targets)
+        if size not in self._spare:
+            self._spare[size] = self._make(batch)
+        self._spare[size].renew(batch)
+        return self._spare[size]
+
+
+def _differentiated(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+    """Return loss and gradient of the batch, the gradient with its graph."""
+    with torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
+        loss = objective.part(weights, batch)
+        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None}
+
+
+def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> GradientGraph:
+    return GradientGraph(*_differentiated(objective, weights, leaves, batch), Products())
+
+
+def _warm_up(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> None:
+    """Compile kernels and set up libraries, which none may record."""
+    graph = _graph(objective, weights, leaves, batch)
+    graph.product(leaves, tuple(leaves), {name: tensor.detach() for name, tensor in graph.gradient.items()})
+
+
+def _recorded_graph(
+    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, batch: Batch
+) -> RenewedGraph:
+    examples = batch.copy()
+
+    def renew(batch: Batch) -> None:
+        with recorder.stream():
+            examples.take(batch)
+            replay()
+
+    with recorder.stream():
+        replay, (loss, gradient) = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
+    renew(batch)
+    return RenewedGraph(loss, gradient, Products(recorder), renew)
