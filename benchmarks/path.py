@@ -4,8 +4,8 @@ Usage, from the root of the repository::
 
     PYTHONPATH=. python benchmarks/path.py --size b32 --device cuda --out benchmarks/results/path-b32-h200.json
 
-The start is the network of ``towers.py`` in a state of training, the end the same trained on; the unit is one gradient
-over the same examples, timed before and after each point.
+The start is the network of ``towers.py`` in a state of training, the end the same trained on. The unit is one gradient
+over the same examples, timed before and after each point in the quickest way: in batches as large as ``--unit``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
 from sharpscope.measures import measures_from
+from sharpscope.memory import Memory
 from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import layers
@@ -46,11 +47,12 @@ def seconds(work: Any) -> tuple[float, Any]:
 
 
 def at(
-    objective: Objective, weights: dict[str, torch.Tensor], partition: Any, memory: Any, workspace: Workspace
+    objective: Objective, plain: Objective, weights: Any, partition: Any, memory: Any, workspace: Workspace
 ) -> tuple[dict[str, Any], Any]:
     """Return the cost of each measure at one point, and what the next point may start from."""
     names = partition.names
-    gradients = [seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)]
+    plain.gradient(weights, names)
+    gradients = [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(3)]
     setup, point = seconds(lambda: Point(objective, weights, names, memory=memory, workspace=workspace))
     found: dict[str, Any] = {"seconds": {"setup": setup}, "products": {}, "unconverged": {}}
     for measure in measures_from(MEASURES):
@@ -59,12 +61,15 @@ def at(
         found["seconds"][measure.name] = took
         found["products"][measure.name] = {k: n - before.get(k, 0) for k, n in point.counts.items()}
         found["unconverged"][measure.name] = [layer for layer, e in estimates.items() if not e.converged]
-    gradients += [seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)]
+    gradients += [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(3)]
+    found["gradient_seconds_in_its_batches"] = min(
+        seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)
+    )
     unit = median(gradients)
     found["gradient_seconds"] = unit
     found["gradients"] = {name: took / unit for name, took in found["seconds"].items()}
-    found["kept_graphs"], memory = len(point._graphs.kept), point.found
-    return found, memory
+    found["kept_graphs"] = len(point._graphs.kept)
+    return found, point.found
 
 
 def main() -> None:
@@ -77,6 +82,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 0.2])
     parser.add_argument("--images", type=int, help="measured images; default: as in towers.py")
     parser.add_argument("--batch", type=int, help="images in a batch, which has trace probes of its own")
+    parser.add_argument("--unit", type=int, default=512, help="images in a batch of the gradient that is the unit")
     parser.add_argument("--out", type=FilePath)
     chosen = parser.parse_args()
     size, device = SIZES[chosen.size], torch.device(chosen.device)
@@ -88,22 +94,33 @@ def main() -> None:
         path, buffers = Path(*ends), {n: b.to(device) for n, b in net.buffers.items()}
         x, y = (torch.cat(both).to(device) for both in zip(*images(size, chosen.images or size.images), strict=True))
         batch = chosen.batch or size.batch
-        batches = tuple(Batch(*pair) for pair in zip(x.split(batch), y.split(batch), strict=True))
-        objective, memory, rows, workspace = Objective(net.forward, cross_entropy, batches), {}, [], Workspace()
-        first = Objective(net.forward, cross_entropy, batches[:1])
+        objective, plain = (
+            Objective(net.forward, cross_entropy, tuple(map(Batch, x.split(b), y.split(b))))
+            for b in (batch, chosen.unit)
+        )
+        memory, rows, workspace = Memory(None), [], Workspace()
+        first = Objective(net.forward, cross_entropy, objective.batches[:1])
         warm = Point(first, {**buffers, **path(0.0)}, layers(net.module).names)
         warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
         del warm
-        for alpha in chosen.alphas:
-            row, memory = at(objective, {**buffers, **path(alpha)}, layers(net.module), memory, workspace)
+        for index, alpha in enumerate(chosen.alphas):
+            guesses = memory.before(index, chosen.device, 1.0 if index > 1 else 0.0)
+            weights = {**buffers, **path(alpha)}
+            row, kept = at(objective, plain, weights, layers(net.module), guesses, workspace)
+            memory.keep(index, kept)
             rows.append({"alpha": alpha, **row})
+            if chosen.out:
+                write(chosen, rows)
             print(alpha, {k: round(v, 1) for k, v in row["gradients"].items()}, row["products"], row["unconverged"])
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    report = {"settings": {**vars(chosen), "out": None}, "rows": rows, "peak_bytes": peak, "versions": versions()}
-    if chosen.out:
-        chosen.out.write_text(
-            json.dumps({**report, "machine": facts(chosen.device, torch.get_num_threads())}, indent=1) + "\n"
-        )
+
+
+def write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write what there is so far."""
+    peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else None
+    settings = {**vars(chosen), "out": None}
+    report = {"settings": settings, "rows": rows, "peak_bytes": peak, "versions": versions()}
+    machine = facts(chosen.device, torch.get_num_threads())
+    chosen.out.write_text(json.dumps({**report, "machine": machine}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

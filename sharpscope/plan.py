@@ -86,6 +86,13 @@ class Plan:
         """Return whether an alpha is the first of its chain."""
         return index in self.rounds[0]
 
+    def stride(self, index: int) -> float:
+        """Return the way from the alpha before to this one, over the way to that one; 0 if a chain begins there."""
+        if self.begins(index) or self.begins(index - 1):
+            return 0.0
+        ahead, behind = np.diff(self.alphas[index - 2 : index + 1])[::-1]
+        return float(ahead / behind)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Measure name -> its settings."""

@@ -68,7 +68,7 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
     if not missing:
         return
-    guesses = {} if plan.begins(index) else memory.before(index, str(job.device))
+    guesses = {} if plan.begins(index) else memory.before(index, str(job.device), plan.stride(index))
     point = Point(
         job.objective,
         weights,

@@ -139,8 +139,8 @@ def largest(
 class Eigenvalue:
     """An extreme (signed) eigenvalue of every layer's block and of the whole matrix.
 
-    Lanczos starts where an eigenvector is likely: at what the neighbouring alpha left, if anything, else at the
-    gradient; noise is added. (The layer's part of the whole matrix's eigenvector is too good a start: close to an
+    Lanczos starts where an eigenvector is likely: at what the neighbouring alphas left, drawn on to this one, else at
+    the gradient; noise is added. (The layer's part of the whole matrix's eigenvector is too good a start: close to an
     eigenvector of the block, but not always to the leading one; measured, 3 and 10 % too little.) What an alpha
     leaves is a sum of its Ritz vectors, each with ``(value / largest value) ** 8``: started at the leading one alone,
     Lanczos stops at once with a residual near zero, and an eigenvector that has taken the lead since goes unseen
@@ -188,7 +188,7 @@ class Eigenvalue:
                 for layer, krylov in list(growing.items()):
                     krylov.add(images[layer])
                     if self._done(krylov, point, together[layer]):
-                        found[f"{self.name}/{layer}"] = krylov.combination(_weights(krylov.values))
+                        found[f"{self.name}/{layer}"] = krylov.combination(_weights(krylov))
                         yield layer, self._estimate(growing.pop(layer))
         point.found.update(found)
 
@@ -219,12 +219,16 @@ class Eigenvalue:
         return Estimate(sign * value + 0.0, residual, krylov.steps, met, sign * np.array(krylov.history))
 
 
-def _weights(values: np.ndarray) -> np.ndarray:
-    """Return the weights of the Ritz vectors, ascending, in the next start vector; the leading one has 1."""
+def _weights(krylov: Krylov) -> np.ndarray:
+    """Return the weights of the Ritz vectors, ascending, in the next start vector; the leading one has 1 or -1.
+
+    A Ritz vector has the sign that brings it towards the start vector, so that what is left along a path is smooth.
+    """
+    values, towards = krylov.values, np.where(krylov.vectors[0] < 0, -1.0, 1.0)
     if values[-1] <= 0:
-        leading: np.ndarray = np.eye(len(values))[-1]
+        leading: np.ndarray = towards * np.eye(len(values))[-1]
         return leading
-    weights: np.ndarray = np.maximum(values / values[-1], 0.0) ** 8
+    weights: np.ndarray = towards * np.maximum(values / values[-1], 0.0) ** 8
     return weights
 
 
