@@ -66,6 +66,24 @@ SIZES = {
         steps={"random": 0, "trained": 100, "converged": 600},
         probe_batch=128,
     ),
+    # The vision configuration of CLIP ViT-B/16: 86.3 M weights, 15 layers.
+    "b16": Size(
+        {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+            "projection_dim": 512,
+        },
+        classes=100,
+        images=512,
+        batch=64,
+        rate=3e-5,
+        steps={"random": 0, "trained": 100, "converged": 600},
+        probe_batch=64,
+    ),
     # The vision configuration of CLIP ViT-L/14: 303 M weights, 27 layers.
     "l14": Size(
         {
