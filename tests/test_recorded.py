@@ -18,6 +18,7 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch.compile's own
 
 
 def heads(*shape, dtype=torch.float64, seed=0, device="cpu"):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from sharpscope.tree import Tree
+from sharpscope.tree import Tree, flat, unflat
 
 Product = Callable[[Tree], Tree]
 Result = TypeVar("Result")
@@ -67,15 +68,17 @@ class Recorder:
 
 @dataclass(frozen=True)
 class _Recorded:
+    """A recorded product; what goes in and comes out lies in one row each, so that it is copied in one go."""
+
     replay: Callable[[], None]
-    inputs: Tree
-    outputs: Tree
+    given: Tensor
+    found: Tensor
+    like: Tree  # of what is found
 
     def __call__(self, v: Tree) -> Tree:
-        for name, tensor in self.inputs.items():
-            tensor.copy_(v[name])
+        self.given.copy_(flat(v))
         self.replay()
-        return {name: tensor.clone() for name, tensor in self.outputs.items()}  # the next replay writes there
+        return unflat(self.found.clone(), self.like)  # the next replay writes there
 
 
 @dataclass
@@ -95,10 +98,15 @@ class Products:
             return self._known.get(names, product)(v)
 
     def _record(self, names: tuple[str, ...], v: Tree, product: Product, recorder: Recorder) -> None:
-        inputs = {name: tensor.clone() for name, tensor in v.items()}
+        given = flat(v)
+
+        def work() -> tuple[Tensor, Tree]:
+            found = product(unflat(given, v))
+            return flat(found) if found else given[:0], {n: t.to("meta") for n, t in found.items()}
+
         try:
-            replay, outputs = recorder.record(lambda: product(inputs))
-            self._known[names] = _Recorded(replay, inputs, outputs)
+            replay, (found, like) = recorder.record(work)
+            self._known[names] = _Recorded(replay, given, found, like)
         except RuntimeError as refusal:  # also for want of memory
             recorder.on = False
             warnings.warn(f"Hessian products run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)

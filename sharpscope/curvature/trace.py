@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sharpscope.curvature.estimate import Estimate, Estimates
@@ -15,12 +17,12 @@ from sharpscope.curvature.point import FREE, Matrix, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, dot, rademacher, select, sum_of
+from sharpscope.tree import flat, rademacher, select
 
 OWN_GAIN = (
     4  # a layer's own draws do the work of so many joint ones; measured 3 to 7 for blocks, far more for small layers
 )
-_Draws = Iterator[Tree]
+_Draws = Iterator[Tensor]  # a row each: probe times its image, entry by entry
 _Answer = tuple[list[float], float]  # of a layer: sums of the draws, squared deviations of their entries
 _Answers = tuple[dict[str, _Answer], dict[str, _Answer]]  # of a batch: by layer, of joint and of own draws
 
@@ -157,21 +159,22 @@ class Trace:
     ) -> None:
         """Draw what is ordered, batch by batch, so that a batch whose graph is not kept needs it once."""
         done = {"": len(next(iter(joint.values())).samples), **{layer: len(own[layer].samples) for layer in order.own}}
+        names = {"": tuple(chain.from_iterable(layers.layers.values())), **layers.layers}
+        sizes = {layer: len(flat(select(point.gradient, some))) for layer, some in layers.layers.items()}
         found: list[_Answers] = []
         for number, part in enumerate(point.operator(self.matrix).parts(), point.objective.share.start):
 
-            def draws(of: str, names: Sequence[str], count: int, number: int = number, part: Part = part) -> _Draws:
-                like = select(point.gradient, names)
+            def draws(of: str, count: int, number: int = number, part: Part = part) -> _Draws:
+                like = select(point.gradient, names[of])
                 for draw in range(done[of], done[of] + count):
                     probe = rademacher(like, seed, self.name, of, draw, number)
-                    image = part(names, probe)
-                    yield {name: probe[name] * image[name] for name in image}
+                    image = part(names[of], probe)
+                    yield flat(probe) * flat({n: image[n] if n in image else torch.zeros_like(like[n]) for n in like})
 
-            shared = _entries(draws("", layers.names, order.joint), layers.layers)
+            shared = _entries(draws("", order.joint), sizes)
             alone: dict[str, _Answer] = {}
             for layer, count in order.own.items():
-                names = layers.layers[layer]
-                alone |= _entries(draws(layer, names, count), {layer: names})
+                alone |= _entries(draws(layer, count), {layer: sizes[layer]})
             found.append((shared, alone))
         batches = point.objective.ranks.gathered(found)
         for layer in joint if order.joint else ():
@@ -243,19 +246,19 @@ class _Order:
     own: dict[str, int]
 
 
-def _entries(draws: _Draws, layers: Mapping[str, Sequence[str]]) -> dict[str, _Answer]:
+def _entries(draws: _Draws, sizes: Mapping[str, int]) -> dict[str, _Answer]:
     """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean."""
-    sums: dict[str, list[float]] = {layer: [] for layer in layers}
-    squares, total = dict.fromkeys(layers, 0.0), dict[str, Tensor]()
-    for diagonal in draws:
-        for layer, names in layers.items():
-            here = {name: diagonal[name] for name in names if name in diagonal}
-            sums[layer].append(sum_of(here))
-            squares[layer] += dot(here, here)
-        total = {name: total[name] + entry if name in total else entry for name, entry in diagonal.items()}
-    found = {}
-    for layer, names in layers.items():
-        if sums[layer]:
-            mine = {name: total[name] for name in names if name in total}
-            found[layer] = (sums[layer], max(squares[layer] - dot(mine, mine) / len(sums[layer]), 0.0))
-    return found
+    sums, squares, total = list[Tensor](), list[Tensor](), None
+    for row in draws:
+        sums.append(_by_layer(row, sizes))
+        squares.append(_by_layer(row * row, sizes))
+        total = row if total is None else total + row
+    if total is None:
+        return {}
+    off = torch.stack(squares).sum(0) - _by_layer(total * total, sizes) / len(sums)
+    columns = torch.stack([*sums, off.clamp(min=0)]).T.tolist()  # the only place that waits for the device
+    return {layer: (column[:-1], column[-1]) for layer, column in zip(sizes, columns, strict=True)}
+
+
+def _by_layer(row: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    return torch.stack([piece.sum(dtype=torch.float64) for piece in torch.split(row, list(sizes.values()))])
