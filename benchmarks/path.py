@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from statistics import median
 from typing import Any
@@ -52,7 +53,7 @@ def at(
     """Return the cost of each measure at one point, and what the next point may start from."""
     names = partition.names
     plain.gradient(weights, names)
-    gradients = [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(3)]
+    gradients = [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(2)]
     setup, point = seconds(lambda: Point(objective, weights, names, memory=memory, workspace=workspace))
     found: dict[str, Any] = {"seconds": {"setup": setup}, "products": {}, "unconverged": {}}
     for measure in measures_from(MEASURES):
@@ -61,9 +62,9 @@ def at(
         found["seconds"][measure.name] = took
         found["products"][measure.name] = {k: n - before.get(k, 0) for k, n in point.counts.items()}
         found["unconverged"][measure.name] = [layer for layer, e in estimates.items() if not e.converged]
-    gradients += [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(3)]
+    gradients += [seconds(lambda: plain.gradient(weights, names))[0] for _ in range(2)]
     found["gradient_seconds_in_its_batches"] = min(
-        seconds(lambda: objective.gradient(weights, names))[0] for _ in range(3)
+        seconds(lambda: objective.gradient(weights, names))[0] for _ in range(2)
     )
     unit = median(gradients)
     found["gradient_seconds"] = unit
@@ -80,38 +81,43 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 0.2])
-    parser.add_argument("--images", type=int, help="measured images; default: as in towers.py")
+    parser.add_argument("--images", type=int, nargs="+", help="measured images; default: as in towers.py")
     parser.add_argument("--batch", type=int, help="images in a batch, which has trace probes of its own")
     parser.add_argument("--unit", type=int, default=512, help="images in a batch of the gradient that is the unit")
     parser.add_argument("--out", type=FilePath)
     chosen = parser.parse_args()
-    size, device = SIZES[chosen.size], torch.device(chosen.device)
+    rows: list[dict[str, Any]] = []
     with matmul_precision(chosen.precision):
-        start, _ = train(size, chosen.state, chosen.device)
-        end, _ = train(size, "converged", chosen.device)
-        net = network(tower(size, "sdpa"), "the tower")
-        ends = ({n: w[n].to(device) for n in net.parameters} for w in (start, end))
-        path, buffers = Path(*ends), {n: b.to(device) for n, b in net.buffers.items()}
-        x, y = (torch.cat(both).to(device) for both in zip(*images(size, chosen.images or size.images), strict=True))
-        batch = chosen.batch or size.batch
-        objective, plain = (
-            Objective(net.forward, cross_entropy, tuple(map(Batch, x.split(b), y.split(b))))
-            for b in (batch, chosen.unit)
-        )
-        memory, rows, workspace = Memory(None), [], Workspace()
-        first = Objective(net.forward, cross_entropy, objective.batches[:1])
-        warm = Point(first, {**buffers, **path(0.0)}, layers(net.module).names)
-        warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
-        del warm
-        for index, alpha in enumerate(chosen.alphas):
-            guesses = memory.before(index, chosen.device, 1.0 if index > 1 else 0.0)
-            weights = {**buffers, **path(alpha)}
-            row, kept = at(objective, plain, weights, layers(net.module), guesses, workspace)
-            memory.keep(index, kept)
-            rows.append({"alpha": alpha, **row})
-            if chosen.out:
-                write(chosen, rows)
-            print(alpha, {k: round(v, 1) for k, v in row["gradients"].items()}, row["products"], row["unconverged"])
+        ends = [train(SIZES[chosen.size], state, chosen.device)[0] for state in (chosen.state, "converged")]
+        for count in chosen.images or [SIZES[chosen.size].images]:
+            for row in along(chosen, ends, count, chosen.alphas):
+                rows.append(row)
+                print(row, flush=True)
+                if chosen.out:
+                    write(chosen, rows)
+
+
+def along(
+    chosen: argparse.Namespace, ends: list[dict[str, torch.Tensor]], count: int, alphas: list[float]
+) -> Iterator[dict[str, Any]]:
+    """Yield what each alpha costs, for so many images."""
+    size, device = SIZES[chosen.size], torch.device(chosen.device)
+    net = network(tower(size, "sdpa"), "the tower")
+    path = Path(*({n: w[n].to(device) for n in net.parameters} for w in ends))
+    buffers, parted = {n: b.to(device) for n, b in net.buffers.items()}, layers(net.module)
+    x, y = (torch.cat(both).to(device) for both in zip(*images(size, count), strict=True))
+    batches = {b: tuple(map(Batch, x.split(b), y.split(b))) for b in (chosen.batch or size.batch, chosen.unit)}
+    objective = Objective(net.forward, cross_entropy, batches[chosen.batch or size.batch])
+    plain = Objective(net.forward, cross_entropy, batches[chosen.unit])
+    memory, workspace = Memory(None), Workspace()
+    warm = Point(Objective(net.forward, cross_entropy, objective.batches[:1]), {**buffers, **path(0.0)}, parted.names)
+    warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
+    del warm
+    for index, alpha in enumerate(alphas):
+        guesses = memory.before(index, chosen.device, 1.0 if index > 1 else 0.0)
+        row, kept = at(objective, plain, {**buffers, **path(alpha)}, parted, guesses, workspace)
+        memory.keep(index, kept)
+        yield {"images": count, "alpha": alpha, **row}
 
 
 def write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
