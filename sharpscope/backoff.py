@@ -23,7 +23,7 @@ def that_fit(job: Job, cells: Callable[[], Iterator[Cell]], where: str, say: Cal
     """Yield the cells; where memory runs out, those that are missing are begun again with less.
 
     ``cells`` gives what is not in the journal yet, by the job's objective; ``say`` is told what was done, see
-    :func:`back_off`.
+    :func:`back_off`. Where ranks measure together and one of them runs out of memory, all begin again.
     """
     while True:
         try:
@@ -32,6 +32,7 @@ def that_fit(job: Job, cells: Callable[[], Iterator[Cell]], where: str, say: Cal
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            job.team.give_up(error)
         # Outside the block: the error holds the frames, and so the graphs, that are to be freed.
         say(back_off(job, where))
 

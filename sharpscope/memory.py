@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sharpscope.ranks import ALONE, Ranks
+from sharpscope.sharding import cut, whole
 from sharpscope.storage import writing
 from sharpscope.tree import Tree, axpy
 
@@ -38,39 +41,54 @@ class Memory:
         assert self.folder is not None
         return self.folder / f"memory-{index:04d}.safetensors"
 
-    def before(self, index: int, device: str, stride: float = 0.0) -> dict[str, Tree]:
+    def before(self, index: int, like: Tree, stride: float = 0.0) -> dict[str, Tree]:
         """Return what the point before ``index`` left, or nothing; with a stride, as it would have gone on.
 
-        That is the last vector plus stride times its difference to the one before, where there are both.
+        That is the last vector plus stride times its difference to the one before, where there are both. Shards and
+        device are those of ``like``.
         """
-        last = self._at(index - 1, device)
-        earlier = self._at(index - 2, device) if stride and last else {}
+        last = self._at(index - 1, like)
+        earlier = self._at(index - 2, like) if stride and last else {}
         return {
             key: axpy(stride, axpy(-1.0, earlier[key], tree), tree) if key in earlier else tree
             for key, tree in last.items()
         }
 
-    def _at(self, index: int, device: str) -> dict[str, Tree]:
+    def _at(self, index: int, like: Tree) -> dict[str, Tree]:
         if index in self._latest:
             return dict(self._latest[index])
         found: dict[str, Tree] = {}
-        for key, tensor in self._ranks.led(lambda: self._stored(index)).items():
+        for key in self._ranks.led(lambda: self._keys(index)):
             measure, _, name = key.partition(_SEPARATOR)
-            found.setdefault(measure, {})[name] = tensor.to(device)
+            tensor = self._ranks.led(partial(self._stored, index, key)).to(like[name].device)
+            found.setdefault(measure, {})[name] = cut(tensor, like[name])
         return found
 
-    def _stored(self, index: int) -> Tree:
+    def _keys(self, index: int) -> list[str]:
         if self.folder is None or not self._path(index).exists():
-            return {}
-        return load_file(self._path(index))
+            return []
+        with safe_open(self._path(index), framework="pt") as file:
+            return list(file.keys())
+
+    def _stored(self, index: int, key: str) -> Tensor:
+        with safe_open(self._path(index), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
 
     def keep(self, index: int, found: dict[str, Tree]) -> None:
         """Remember what the point at ``index`` found; forget those before but for two."""
         self._latest.pop(index - 3, None)
         self._latest[index] = found
-        if self.folder is None or not found or not self._ranks.leads:
+        if self.folder is None or not found:
             return
-        flat = {f"{m}{_SEPARATOR}{n}": t.contiguous() for m, tree in found.items() for n, t in tree.items()}
+        flat = {}
+        for measure, tree in found.items():
+            for name, tensor in tree.items():
+                entire = whole(tensor)  # in all processes, one tensor at a time
+                if self._ranks.leads:
+                    flat[f"{measure}{_SEPARATOR}{name}"] = entire.cpu().contiguous()
+        if not self._ranks.leads:
+            return
         with writing(self._path(index)):
             _write(flat, self._path(index))
             self._path(index - 3).unlink(missing_ok=True)

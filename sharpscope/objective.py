@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope.errors import MeasurementError
@@ -59,6 +61,8 @@ class Batch(NamedTuple):
 
 
 Forward = Callable[[Tree, Any], Tensor]
+# A tensor that autograd saves -> how to make it again, or None for one that must be kept.
+Again = Callable[[Tensor], Callable[[], Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Objective:
     ranks
         Processes that all hold this objective and share its batches: each computes on a run of them, and all have
         the same sums. Then every method but :meth:`outputs` and :meth:`part` is collective.
+    again
+        Which tensors graphs need not hold, as they can be made again: weights gathered from shards.
     """
 
     forward: Forward
@@ -88,6 +94,7 @@ class Objective:
     batches: tuple[Batch, ...]
     pieces: int = 1
     ranks: Ranks = ALONE
+    again: Again | None = None
 
     @property
     def examples(self) -> int:
@@ -129,7 +136,7 @@ class Objective:
             for batch in self.own_batches:
                 total = [torch.zeros_like(leaf) for leaf in leaves.values()]
                 for piece in batch.split(self.pieces):
-                    with torch.enable_grad():
+                    with torch.enable_grad(), saving(self.again):
                         part = self.part(here, piece)
                     found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
                     total = [t + f for t, f in zip(total, found, strict=True)]
@@ -144,6 +151,18 @@ class Objective:
         """Return the mean loss. Cost: one forward."""
         parts = [float(self.part(weights, batch)) for batch in self.own_batches]
         return sum(self.ranks.gathered(parts))
+
+
+def saving(again: Again | None) -> AbstractContextManager[Any]:
+    """Return a context in which autograd keeps no tensor that can be made again."""
+    if again is None:
+        return nullcontext()
+    return saved_tensors_hooks(lambda tensor: again(tensor) or tensor.detach(), restored)
+
+
+def restored(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+    """Return a saved tensor, made again if it was not kept."""
+    return saved if isinstance(saved, Tensor) else saved()
 
 
 def check_finite(loss: float, place: str) -> None:

@@ -32,7 +32,7 @@ class Path:
     """
 
     start: Tree
-    end: Tree
+    end: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
         check_same_structure(self.start, self.end, ("the zero-shot model", "the fine-tuned model"))

@@ -20,6 +20,7 @@ from sharpscope.losses import logit_normalised
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import Partition
 from sharpscope.ranks import ALONE
+from sharpscope.sharding import is_shard
 from sharpscope.table import MODEL
 from sharpscope.tree import Tree, gaussian, select, uniform
 
@@ -130,7 +131,7 @@ class MSharpness:
         device = next(iter(point.leaves.values())).device
         bytes_each = 4 * sum(leaf.nbytes for leaf in point.leaves.values())
         most = 1
-        if device.type == "cuda" and self.steps == 1:
+        if device.type == "cuda" and self.steps == 1 and not any(map(is_shard, point.leaves.values())):
             most = max(1, int(free_bytes(device) * ROOM / bytes_each))
         whole = [group for group in all_groups if group.examples == self.m]
         yield from (whole[start : start + most] for start in range(0, len(whole), most))

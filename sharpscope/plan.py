@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope._version import __version__
+from sharpscope.curvature.graphs import HEADROOM, free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.errors import ModelError, UsageError
+from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.losses import Loss, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.merging.scanned import on_disk
@@ -27,8 +29,9 @@ from sharpscope.partition import Granularity, Partition, container_names, partit
 from sharpscope.path import Path
 from sharpscope.precision import Precision
 from sharpscope.provenance import provenance
-from sharpscope.ranks import ALONE, Parallel, Ranks, own_device
+from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over, own_device
 from sharpscope.recipe import CONVENTION
+from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.tree import Tree, check_same_structure, fingerprint, norm, select
 
 ROLES = ("the zero-shot model", "the fine-tuned model")
@@ -142,6 +145,12 @@ class Job:
         mine = ranks.mine(split, split.batch_count)
         return (piece.to(self.device) for batch in mine for piece in batch.split(self.objective.pieces))
 
+    def graphs_in_step(self) -> int | None:
+        """Return the bytes that kept graphs may take; ranks that gather weights must all keep the same graphs."""
+        if self.parallel != "weights" or self.graph_bytes is not None:
+            return self.graph_bytes
+        return min(self.ranks.gathered([int(free_bytes(self.device) * HEADROOM)]))
+
     def count(self, point: Point) -> None:
         """Add the point's products to the cost."""
         self.counts.update(point.counts)
@@ -246,6 +255,23 @@ def _modules(
     return (start, end), (models[0].name, models[1].name), notes
 
 
+def sharing_of(*models: Any) -> Parallel | None:
+    """Return that processes share the weights if the models are in shards.
+
+    Raises
+    ------
+    ModelError
+        If one is and the other is not.
+    """
+    found = [isinstance(m, nn.Module) and any(map(is_shard, m.parameters())) for m in models]
+    if any(found) and not all(found):
+        raise ModelError(
+            f"{ROLES[found.index(True)]} is in shards and {ROLES[found.index(False)]} is not",
+            "fully_shard both, or neither and parallel='weights'",
+        )
+    return "weights" if any(found) else None
+
+
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     """Return the path, the constant buffers, and a warning if running statistics lie on the path."""
     first, second = networks
@@ -264,7 +290,21 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
 
 
 def _moved(tree: Tree, device: torch.device) -> Tree:
-    return {name: tensor.to(device) for name, tensor in tree.items()}
+    return {
+        name: shard_of(local(tensor).to(device), tensor) if is_shard(tensor) else tensor.to(device)
+        for name, tensor in tree.items()
+    }
+
+
+def _spread(path: Path, first: Network, module: nn.Module, place: torch.device) -> tuple[Path, ShardedNetwork]:
+    """Return the path in shards, its end in the host's memory, and the network that computes on shards."""
+    mesh = checked_mesh(first.parameters) or mesh_over(place)
+    plain = {name for name in path.start if not is_shard(path.start[name])} & first.parameters.keys()
+
+    def shards(tree: Mapping[str, Tensor]) -> Tree:
+        return {**tree, **spread(select(dict(tree), [name for name in tree if name in plain]), mesh)}
+
+    return Path(_moved(shards(path.start), place), Offloaded(shards(path.end), place)), sharded(first, module, mesh)
 
 
 def prepare(
@@ -280,7 +320,7 @@ def prepare(
 ) -> Job:
     """Return the job, after checking models against each other and the data against the models.
 
-    With ``parallel="data"`` the ranks measure every alpha together.
+    With ``parallel="data"`` the ranks measure every alpha together, with ``"weights"`` each holds a part of them.
 
     Cost: two forwards and one gradient of a batch, and a forward per split.
     """
@@ -290,8 +330,12 @@ def prepare(
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
-    path, constants = Path(_moved(path.start, place), _moved(path.end, place)), _moved(constants, place)
-    if all(torch.equal(tensor, path.end[name]) for name, tensor in path.start.items()):
+    constants, net = _moved(constants, place), networks[0]
+    if parallel == "weights":
+        path, net = _spread(path, net, module, place)
+    else:
+        path = Path(_moved(path.start, place), _moved(dict(path.end), place))
+    if all(torch.equal(local(tensor), local(path.end[name])) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
     parameters = list(networks[0].parameters)
     everything, on_path = (
@@ -299,7 +343,9 @@ def prepare(
         for names in (parameters, list(path.start))
     )
     batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
-    objective = Objective(networks[0].forward, plan.loss, batches, ranks=ranks if parallel == "data" else ALONE)
+    again = net.gatherings.kept if isinstance(net, ShardedNetwork) else None
+    sharers = ranks if parallel == "data" else ALONE
+    objective = Objective(net.forward, plan.loss, batches, ranks=sharers, again=again)
     layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
     return Job(
         path=path,
@@ -307,7 +353,7 @@ def prepare(
         layers=layers,
         all_layers=everything,
         path_layers=on_path,
-        network=networks[0],
+        network=net,
         splits=[id_split, *ood],
         curvature_split=curvature.name,
         curvature_images=objective.examples,
@@ -330,7 +376,7 @@ def _check_names(splits: list[Split]) -> None:
 
 def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> Partition:
     """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches."""
-    first = Objective(objective.forward, objective.loss, objective.batches[:1])
+    first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
         split.check_labels(_classes(first, weights, split))
     check_finite(first(weights), "the zero-shot end")

@@ -18,7 +18,7 @@ from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.tree import Tree
 
 T = TypeVar("T")
-Parallel = Literal["data", "alphas"]
+Parallel = Literal["data", "alphas", "weights"]
 # A rank that dies is noticed at once; these are for one that hangs.
 LOCKSTEP = timedelta(minutes=30)  # ranks add the same product
 APART = timedelta(hours=12)  # one rank waits until another is through with an alpha
@@ -36,7 +36,8 @@ class _Node(NamedTuple):
 class Ranks:
     """The processes of a measurement and this one's place among them; by default it is alone.
 
-    All methods but :meth:`share` and :meth:`mine` are collective: every rank calls them in the same order.
+    All methods but :meth:`share` and :meth:`mine` are collective: every rank calls them in the same order. A rank that
+    runs out of memory between them says so by :meth:`give_up`, and the others' next call raises ``OutOfMemoryError``.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         found: list[Any] = [None] * self.size
+        self._go_on()
         with self._in_touch():
             dist.all_gather_object(found, list(values), group=self.objects)
         return [value for part in found for value in part]
@@ -107,6 +109,7 @@ class Ranks:
         for place, tree in enumerate(parts, self.share(count).start):
             _push(nodes, _Node(0, place, tree))
         if self.size > 1:
+            self._go_on()
             nodes = self._exchanged(nodes, like, count)
         total: Tree = {}
         for node in reversed(nodes):
@@ -124,6 +127,21 @@ class Ranks:
                     dist.broadcast(flat, rank)
                 _push(all_nodes, _Node(level, place, _unflat(flat, like)))
         return all_nodes
+
+    def _go_on(self) -> None:
+        if self._given_up(False):
+            raise torch.OutOfMemoryError("another process ran out of memory")
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the others that this rank ran out of memory, unless the error is that another did."""
+        if self.size > 1 and "another process" not in str(error):
+            self._given_up(True)
+
+    def _given_up(self, here: bool) -> bool:
+        count = torch.tensor([float(here)])
+        with self._in_touch():
+            dist.all_reduce(count, group=self.objects)
+        return bool(count > 0)
 
     @contextmanager
     def _in_touch(self) -> Iterator[None]:
@@ -205,8 +223,10 @@ def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks) -> Paralle
     UsageError
         If chains are to be shared and there are fewer than ranks.
     """
-    if chosen not in (None, "data", "alphas"):
-        raise UsageError(f"parallel={chosen!r}", "'data' or 'alphas'")
+    if chosen not in (None, "data", "alphas", "weights"):
+        raise UsageError(f"parallel={chosen!r}", "'data', 'alphas' or 'weights'")
+    if chosen == "weights" and ranks.size == 1:
+        return "data"  # one process holds all of them
     if chosen == "alphas" and chains < ranks.size:
         raise UsageError(
             f"{ranks.size} processes are to share the alphas, which form {chains} chain(s)",
@@ -234,6 +254,13 @@ def launched(device: str | None) -> Iterator[bool]:
     yield not _initialised() or dist.get_rank() == 0
     if begun:
         dist.destroy_process_group()
+
+
+def mesh_over(device: torch.device) -> Any:
+    """Return the mesh of all processes, one axis."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def own_device(chosen: str) -> torch.device:

@@ -22,7 +22,7 @@ from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
 from sharpscope.partition import Granularity
-from sharpscope.plan import Job, Plan, alphas_from, prepare
+from sharpscope.plan import Job, Plan, alphas_from, prepare, sharing_of
 from sharpscope.precision import Precision, matmul_precision
 from sharpscope.progress import Progress
 from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
@@ -68,12 +68,12 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
     missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
     if not missing:
         return
-    guesses = {} if plan.begins(index) else memory.before(index, str(job.device), plan.stride(index))
+    guesses = {} if plan.begins(index) else memory.before(index, weights, plan.stride(index))
     point = Point(
         job.objective,
         weights,
         job.layers.names,
-        graph_bytes=job.graph_bytes,
+        graph_bytes=job.graphs_in_step(),
         memory=guesses,
         delta=job.path.delta,
         workspace=job.workspace,
@@ -100,8 +100,9 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
 
     def measured(index: int) -> Iterator[Cell]:
         at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
-        # Ranks that share a product cannot begin again one by one: there, running out of memory ends the scan.
-        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if job.team.size == 1 else at()
+        # Ranks that gather weights wait for each other within a product: there, running out of memory ends the scan.
+        fits = job.parallel != "weights"
+        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if fits else at()
 
     for indices in plan.rounds:
         together = ((index, measured(index)) for index in indices)
@@ -302,7 +303,8 @@ def scan(
     )
     started = time.monotonic()
     with joined() as ranks, matmul_precision(precision):
-        shared, show = parallel_from(parallel, plan.chains, ranks), progress if ranks.leads else False
+        shared = parallel_from(parallel or sharing_of(model_a, model_b), plan.chains, ranks)
+        show = progress if ranks.leads else False
         id_split = as_split(loader, "id", progress=show)
         ood_splits = [
             as_split(data, name, progress=show).named(name).numbered_as(id_split.classes)
@@ -319,7 +321,8 @@ def scan(
         ranks.check_equal({**identity, "device": str(job.provenance["device"])})
         with locked(folder if ranks.leads else None):
             journal = _journal(ranks, identity, folder, fresh)
-            found = _measured(job, plan, moves, searched, journal, Memory(folder, job.team), show)
+            memory = Memory(folder, ranks if shared == "weights" else job.team)
+            found = _measured(job, plan, moves, searched, journal, memory, show)
             if shared == "alphas":
                 job.counts = sum(ranks.gathered([job.counts]), Counter())
             result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import MismatchError
+from sharpscope.sharding import cut, from_row, mesh_of, row, totals, whole
 
 Tree = dict[str, Tensor]
 
@@ -42,14 +43,12 @@ def check_same_structure(first: Mapping[str, Tensor], second: Mapping[str, Tenso
 
 def dot(a: Tree, b: Tree) -> float:
     """Return the inner product over the keys of ``a``, accumulated in float64."""
-    sums = [torch.sum(tensor * b[name], dtype=torch.float64) for name, tensor in a.items()]
-    return float(torch.stack(sums).sum()) if sums else 0.0
+    return totals(tensor * b[name] for name, tensor in a.items())
 
 
 def sum_of(a: Tree) -> float:
     """Return the sum of all entries, accumulated in float64."""
-    sums = [torch.sum(tensor, dtype=torch.float64) for tensor in a.values()]
-    return float(torch.stack(sums).sum()) if sums else 0.0
+    return totals(a.values())
 
 
 def norm(a: Tree) -> float:
@@ -73,14 +72,14 @@ def select(a: Tree, names: Iterable[str]) -> Tree:
 
 
 def flat(a: Tree) -> Tensor:
-    """Return all entries in a row, in the dtype that holds them all."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in a.values()])
+    """Return all entries in a row, in the dtype that holds them all; of shards those of this process."""
+    return torch.cat([row(tensor) for tensor in a.values()])
 
 
-def unflat(row: Tensor, like: Tree) -> Tree:
+def unflat(entries: Tensor, like: Tree) -> Tree:
     """Return the entries in the shapes and dtypes of ``like``, whose :func:`flat` has as many."""
-    pieces = torch.split(row, [tensor.numel() for tensor in like.values()])
-    return {n: p.view(t.shape).to(t.dtype) for p, (n, t) in zip(pieces, like.items(), strict=True)}
+    pieces = torch.split(entries, [row(tensor).numel() for tensor in like.values()])
+    return {name: from_row(piece, tensor) for piece, (name, tensor) in zip(pieces, like.items(), strict=True)}
 
 
 def zeros(like: Tree) -> Tree:
@@ -99,10 +98,16 @@ def rademacher(like: Tree, *key: object) -> Tree:
 
     On a GPU, where it is the number of calls that costs, by the key and all names together.
     """
-    if next(iter(like.values())).is_cuda:
-        row = flat(like)
-        return unflat(_signs(row, _generator(row, key, "|".join(like))), like)
-    return {name: _signs(tensor, _generator(tensor, key, name)) for name, tensor in like.items()}
+    if not next(iter(like.values())).is_cuda:
+        return {name: cut(_signs(tensor, _generator(tensor, key, name)), tensor) for name, tensor in like.items()}
+    if mesh_of(like.values()) is None:
+        entries = flat(like)
+        return unflat(_signs(entries, _generator(entries, key, "|".join(like))), like)
+    # The same signs: all of them, a byte each, and of those this process's.
+    counts = [tensor.numel() for tensor in like.values()]
+    room = torch.empty(sum(counts), dtype=torch.int8, device=next(iter(like.values())).device)
+    signs = torch.split(_signs(room, _generator(room, key, "|".join(like))), counts)
+    return {n: cut(p.view(t.shape).to(t.dtype), t) for p, (n, t) in zip(signs, like.items(), strict=True)}
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -112,12 +117,12 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def gaussian(like: Tree, *key: object) -> Tree:
     """Return independent standard normal numbers in the shapes of ``like``, determined by key and tensor name."""
-    return {
-        name: torch.randn(
-            tensor.shape, generator=_generator(tensor, key, name), device=tensor.device, dtype=tensor.dtype
-        )
-        for name, tensor in like.items()
-    }
+    draws = {}
+    for name, tensor in like.items():
+        generator = _generator(tensor, key, name)
+        draw = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+        draws[name] = cut(draw, tensor)
+    return draws
 
 
 def uniform(like: Tree, *key: object) -> Tree:
@@ -126,7 +131,7 @@ def uniform(like: Tree, *key: object) -> Tree:
     for name, tensor in like.items():
         generator = _generator(tensor, key, name)
         unit = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
-        draws[name] = unit * 2 - 1
+        draws[name] = cut(unit * 2 - 1, tensor)
     return draws
 
 
@@ -134,7 +139,7 @@ def fingerprint(a: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over names, shapes, dtypes and bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(a):
-        tensor = a[name].detach().contiguous().cpu()
+        tensor = whole(a[name].detach()).contiguous().cpu()
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

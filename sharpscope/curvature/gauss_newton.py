@@ -41,7 +41,8 @@ class GaussNewton:
     def __init__(self, point: Point, budget: int) -> None:
         self._leaves, self._counts, self._objective = point.leaves, point.counts, point.objective
         make, objective = partial(_graph, point.objective, point.weights, point.leaves), point.objective
-        self._graphs = Graphs(make, objective.own_batches, point.weights.values(), budget, objective.pieces)
+        constants, pieces, again = point.weights.values(), objective.pieces, objective.again
+        self._graphs = Graphs(make, objective.own_batches, constants, budget, pieces, again)
 
     def product(self, v: Tree) -> Tree:
         """Return ``G v`` over all differentiated tensors."""

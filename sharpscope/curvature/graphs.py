@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sharpscope.objective import Batch, Objective
+from sharpscope.objective import Again, Batch, Objective, restored, saving
+from sharpscope.sharding import local
 from sharpscope.tree import Tree, select
 
 Graph = TypeVar("Graph")
@@ -32,14 +33,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 class _SavedBytes:
-    """Counts the bytes that autograd saves, each storage once."""
+    """Counts the bytes that autograd saves, each storage once, but for what can be made again."""
 
-    def __init__(self, besides: Iterable[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    def __init__(self, besides: Iterable[Tensor], again: Again | None) -> None:
+        self._seen = {local(tensor).untyped_storage().data_ptr() for tensor in besides}
+        self._unsaved = again
         self.bytes = 0
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+    def pack(self, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        if self._unsaved and (again := self._unsaved(tensor)):
+            return again
+        storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
@@ -62,6 +66,8 @@ class Graphs(Generic[Graph]):
         Bytes that kept graphs may take, measured as autograd saves them.
     pieces
         That each batch is computed in; where there are several, no graph is kept.
+    again
+        Which tensors graphs need not hold.
     """
 
     def __init__(
@@ -71,8 +77,10 @@ class Graphs(Generic[Graph]):
         constants: Iterable[Tensor],
         budget: int,
         pieces: int = 1,
+        again: Again | None = None,
     ) -> None:
-        self._make = make
+        self._graph = make
+        self._unsaved = again
         self._pieces = pieces
         self._batches = batches
         self._constants = tuple(constants)
@@ -105,10 +113,14 @@ class Graphs(Generic[Graph]):
         """Compute the kept graphs anew where they lie; here none can be, see the workspace."""
         raise NotImplementedError
 
+    def _make(self, batch: Batch) -> Graph:
+        with saving(self._unsaved):
+            return self._graph(batch)
+
     def _first(self, batch: Batch) -> Graph:
-        counter = _SavedBytes(self._constants)
-        with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-            graph = self._make(batch)
+        counter = _SavedBytes(self._constants, self._unsaved)
+        with saved_tensors_hooks(counter.pack, restored):
+            graph = self._graph(batch)
         self._full = self.kept_bytes + counter.bytes > self._budget
         if not self._full:
             self.kept_bytes += counter.bytes

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import FREE, Matrix, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
+from sharpscope.sharding import mesh_of, over_ranks
 from sharpscope.table import MODEL
 from sharpscope.tree import Tree, axpy, flat, gaussian, norm, scaled, select, unflat
 
@@ -39,6 +41,7 @@ class Krylov:
 
     def __init__(self, start: Tree) -> None:
         self._like = start
+        self._inner = partial(_inner, mesh=mesh_of(start.values()))
         self._next = flat(start) / norm(start)
         self._basis: list[Tensor] = []
         self._diagonal: list[float] = []
@@ -62,13 +65,13 @@ class Krylov:
         """Take the matrix times :attr:`next`."""
         self._basis.append(self._next)
         rest = flat(select(image, self._like))
-        self._diagonal.append(float(_inner(self._next, rest)))
+        self._diagonal.append(float(self._inner(self._next, rest)))
         self.values, self.vectors = np.linalg.eigh(
             np.diag(self._diagonal) + np.diag(self._beside, 1) + np.diag(self._beside, -1)
         )
         self.history.append(float(self.values[-1]))
-        rest = _orthogonalised(rest, self._basis)
-        length = math.sqrt(float(_inner(rest, rest)))
+        rest = _orthogonalised(rest, self._basis, self._inner)
+        length = math.sqrt(float(self._inner(rest, rest)))
         noise = torch.finfo(rest.dtype).eps * float(np.abs(self.values).max())
         self.exhausted = length <= 10 * noise
         self._beside.append(length)
@@ -99,16 +102,16 @@ class Krylov:
         return bool((self.residuals()[top] <= tolerance * np.abs(self.values[top])).all())
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def _inner(a: Tensor, b: Tensor, *, mesh: Any) -> Tensor:
     """Return the inner product, accumulated in float64, without waiting for the device."""
-    return torch.sum(a * b, dtype=torch.float64)
+    return over_ranks(torch.sum(a * b, dtype=torch.float64), mesh)
 
 
-def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
+def _orthogonalised(vector: Tensor, basis: list[Tensor], inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     # Twice is enough (Kahan-Parlett): without it float32 Lanczos loses orthogonality after the first converged pair.
     for _ in range(2):
         for earlier in basis:
-            vector = torch.addcmul(vector, earlier, -_inner(earlier, vector).to(vector.dtype))
+            vector = torch.addcmul(vector, earlier, -inner(earlier, vector).to(vector.dtype))
     return vector
 
 

@@ -137,7 +137,8 @@ class Trace:
         """Yield an estimate per layer, then of the model."""
         joint = {layer: Tally(joint=True) for layer in layers.layers}
         own = {layer: Tally(joint=False) for layer in layers.layers}
-        free = {layer for layer, names in layers.layers.items() if point.share_above(names) < FREE}
+        # A list: ranks that gather weights need the order too.
+        free = [layer for layer, names in layers.layers.items() if point.share_above(names) < FREE]
         order: _Order | None = _Order(self.first, dict.fromkeys(free, min(4 * self.first, self.most)))
         while order:
             self._pass(point, layers, seed, order, joint, own)

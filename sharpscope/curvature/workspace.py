@@ -92,7 +92,8 @@ class Workspace:
             return self._held
         self.clear()
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
-        if self._recorder.on and objective.pieces == 1:
+        # What processes gather meanwhile cannot be recorded.
+        if self._recorder.on and objective.pieces == 1 and objective.again is None:
             try:
                 self._held = self._recorded(objective, weights, names, budget, graph_bytes)
                 return self._held
@@ -103,7 +104,7 @@ class Workspace:
                 warnings.warn(f"gradients run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
         make = partial(_graph, objective, {**weights, **leaves}, leaves)
-        graphs = Graphs(make, objective.own_batches, weights.values(), budget, objective.pieces)
+        graphs = Graphs(make, objective.own_batches, weights.values(), budget, objective.pieces, objective.again)
         return Place(objective, {**weights, **leaves}, leaves, graphs, budget)
 
     def _recorded(
