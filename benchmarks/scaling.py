@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import fcntl
 import json
 import os
 import pstats
@@ -23,6 +24,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,16 @@ class Work:
         )
 
 
+@contextmanager
+def turn(chosen: argparse.Namespace) -> Iterator[None]:
+    """Have the machine for this torchrun's processes; those of others that were started wait, or have other GPUs."""
+    with joined() as ranks, (chosen.work / "turn.lock").open("w") as file:
+        alone = fcntl.LOCK_EX if "SHARED_MACHINE" not in os.environ else fcntl.LOCK_SH
+        ranks.led(lambda: fcntl.flock(file, alone))
+        yield
+        ranks.gathered([0])
+
+
 def timed(work: Work, chosen: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Return what one scan took in these processes."""
     out = chosen.work / f"{mode}-{os.environ['WORLD_SIZE']}"
@@ -115,11 +128,10 @@ def timed(work: Work, chosen: argparse.Namespace, mode: str) -> dict[str, Any]:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with joined() as ranks:
-        ranks.gathered([0])  # begin together
-    begun = time.perf_counter()
-    result = work.scan(mode, out, chosen.alphas)
-    seconds = time.perf_counter() - begun
+    with turn(chosen):
+        begun = time.perf_counter()
+        result = work.scan(mode, out, chosen.alphas)
+        seconds = time.perf_counter() - begun
     with joined() as ranks:
         peaks = ranks.gathered([torch.cuda.max_memory_allocated() if cuda else None])
     budgets = torch.cuda.get_device_properties(0).total_memory if cuda else None
@@ -160,20 +172,30 @@ def weights(chosen: argparse.Namespace) -> None:
             save_file({key: tensor.contiguous() for key, tensor in found.items()}, path)
 
 
-def run(chosen: argparse.Namespace, processes: int) -> list[dict[str, Any]]:
-    """Return what the scans took with so many processes, a row for each mode; one process has one."""
+def started(chosen: argparse.Namespace, processes: int) -> subprocess.Popen[bytes]:
+    """Return a torchrun of so many processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--worker", "--work", str(chosen.work)]
-    files = [chosen.work / f"{mode}-{processes}" / "cost.json" for mode in chosen.modes]
-    for file in files:
-        file.unlink(missing_ok=True)
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as process:
-        try:
-            process.wait(chosen.most_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    for mode in chosen.modes:
+        (chosen.work / f"{mode}-{processes}" / "cost.json").unlink(missing_ok=True)
+    environment = {**os.environ}
+    if chosen.at_once and processes < max(chosen.processes):
+        before = sum(count for count in chosen.processes if count < processes)
+        gpus = ",".join(map(str, range(before, before + processes)))
+        environment |= {"CUDA_VISIBLE_DEVICES": gpus, "SHARED_MACHINE": "1"}
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+
+
+def ended(chosen: argparse.Namespace, processes: int, process: subprocess.Popen[bytes], by: float) -> list[Any]:
+    """Return what the scans of a torchrun took, a row for each mode that came to its end; one process has one."""
+    try:
+        process.wait(max(by - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # torchrun ends its processes
+        process.wait()
     if process.returncode:
         print(f"{processes} processes ended with {process.returncode}", flush=True)
+    files = [chosen.work / f"{mode}-{processes}" / "cost.json" for mode in chosen.modes]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
@@ -191,9 +213,11 @@ def gap(work: Path, base: str, other: str) -> dict[str, float]:
 def table(chosen: argparse.Namespace) -> None:
     """Run everything, the fewest processes first; write a row per number of processes and mode after each."""
     rows: list[dict[str, Any]] = []
-    first = min(chosen.processes)
-    for count in sorted(chosen.processes):
-        for cost in run(chosen, count):
+    first, by = min(chosen.processes), time.monotonic() + chosen.most_seconds
+    counts = sorted(chosen.processes)
+    begun = {count: started(chosen, count) for count in counts} if chosen.at_once else {}
+    for count in counts:
+        for cost in ended(chosen, count, begun.get(count) or started(chosen, count), by):
             base = rows[0] if rows else cost
             speedup = base["seconds"] / cost["seconds"]
             efficiency = speedup * first / count
@@ -230,7 +254,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Eigenvalue().most, help="most products for an eigenvalue")
     parser.add_argument("--trained", type=int, nargs=2, default=(30, 60), help="optimiser steps of the two ends")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
-    parser.add_argument("--most-seconds", type=float, help="after which a number of processes is given up")
+    parser.add_argument("--most-seconds", type=float, default=3600, help="after which what has not ended is given up")
+    # Each has GPUs of its own; the largest starts up meanwhile and scans when they are done.
+    parser.add_argument("--at-once", action="store_true", help="all runs but the largest side by side")
     parser.add_argument("--work", type=Path, default=None, help="weights and scans are kept here")
     parser.add_argument("--profile", type=Path, help="beginning of the names of profiles of the largest run")
     parser.add_argument("--out", type=Path)

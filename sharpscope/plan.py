@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope._version import __version__
+from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import HEADROOM, free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
-from sharpscope.losses import Loss, cross_entropy
+from sharpscope.losses import Loss, contrastive, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
@@ -124,6 +125,7 @@ class Job:
     ranks: Ranks = ALONE
     parallel: Parallel = "data"
     graph_bytes: int | None = None  # that kept graphs may take, see Point
+    memory: int | None = None  # bytes of the device that the scan may take
     workspace: Workspace = field(default_factory=Workspace)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -145,11 +147,15 @@ class Job:
         mine = ranks.mine(split, split.batch_count)
         return (piece.to(self.device) for batch in mine for piece in batch.split(self.objective.pieces))
 
-    def graphs_in_step(self) -> int | None:
-        """Return the bytes that kept graphs may take; ranks that gather weights must all keep the same graphs."""
-        if self.parallel != "weights" or self.graph_bytes is not None:
+    def room(self) -> int | None:
+        """Return the bytes that kept graphs may take; None: half of what is free.
+
+        Ranks that gather weights must all keep the same graphs.
+        """
+        if self.graph_bytes is not None or (self.parallel != "weights" and self.memory is None):
             return self.graph_bytes
-        return min(self.ranks.gathered([int(free_bytes(self.device) * HEADROOM)]))
+        mine = int(free_bytes(self.device, self.memory) * HEADROOM)
+        return min(self.ranks.gathered([mine])) if self.parallel == "weights" else mine
 
     def count(self, point: Point) -> None:
         """Add the point's products to the cost."""
@@ -317,6 +323,7 @@ def prepare(
     device: str | None,
     ranks: Ranks = ALONE,
     parallel: Parallel = "data",
+    memory: int | None = None,
 ) -> Job:
     """Return the job, after checking models against each other and the data against the models.
 
@@ -346,7 +353,10 @@ def prepare(
     again = net.gatherings.kept if isinstance(net, ShardedNetwork) else None
     sharers = ranks if parallel == "data" else ALONE
     objective = Objective(net.forward, plan.loss, batches, ranks=sharers, again=again)
-    layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
+    layers, example = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
+    objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
+    if objective.pieces > 1:
+        notes.append(f"batches are computed in {objective.pieces} pieces to stay within memory")
     return Job(
         path=path,
         constants=constants,
@@ -365,6 +375,7 @@ def prepare(
         warnings=notes,
         ranks=ranks,
         parallel=parallel,
+        memory=memory,
     )
 
 
@@ -374,8 +385,21 @@ def _check_names(splits: list[Split]) -> None:
         raise UsageError(f"data set name {min(twice)!r} is used twice or holds a '|'", "give each set its own name")
 
 
-def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> Partition:
-    """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches."""
+def _in_pieces(objective: Objective, example: int, weights: int, device: torch.device, memory: int | None) -> Objective:
+    """Return the objective with batches in as many pieces as the memory asks for."""
+    if objective.loss is contrastive:
+        return objective
+    free = min(objective.ranks.gathered([free_bytes(device, memory)]))
+    return replace(objective, pieces=pieces_for(len(objective.batches[0].targets), example, weights, free))
+
+
+def _touched(
+    objective: Objective, weights: Tree, everything: Partition, splits: list[Split]
+) -> tuple[Partition, int]:
+    """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches.
+
+    Also returned: the bytes that the gradient graph of an example keeps.
+    """
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
         split.check_labels(_classes(first, weights, split))
@@ -383,7 +407,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
-    return everything.only(set(everything.names) - point.unused)
+    return everything.only(set(everything.names) - point.unused), point.graph_bytes
 
 
 def _classes(objective: Objective, weights: Tree, split: Split) -> int:

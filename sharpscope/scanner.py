@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from sharpscope.backoff import that_fit
+from sharpscope.budget import limited
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split, as_split
@@ -73,7 +74,7 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
         job.objective,
         weights,
         job.layers.names,
-        graph_bytes=job.graphs_in_step(),
+        graph_bytes=job.room(),
         memory=guesses,
         delta=job.path.delta,
         workspace=job.workspace,
@@ -212,6 +213,7 @@ def scan(
     precision: Precision = "highest",
     chains: int = 1,
     parallel: Parallel | None = None,
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> ScanResult:
     """Return sharpness, per layer and global, and accuracy along the path from ``model_a`` to ``model_b``.
@@ -270,6 +272,10 @@ def scan(
         What the processes of torch's default process group share, if there are several: ``"data"``, the batches of
         every product, or ``"alphas"``, the chains. Default: ``"alphas"`` if there is a chain for each, else
         ``"data"``. Neither changes a number. The first process writes and shows progress; all return the result.
+    memory
+        Bytes that the scan may take of the device, in every process; None: what is free. What graphs are kept and in
+        how many pieces a batch is computed follows from it and changes numbers by rounding only. On a GPU the limit is
+        kept by torch's allocator and holds what the models take there already; on a CPU it is what is planned with.
     progress
         False for none; default a bar on a terminal, else a line per alpha, on stderr.
 
@@ -302,7 +308,7 @@ def scan(
         chains=chains,
     )
     started = time.monotonic()
-    with joined() as ranks, matmul_precision(precision):
+    with joined() as ranks, matmul_precision(precision), limited(memory, device):
         shared = parallel_from(parallel or sharing_of(model_a, model_b), plan.chains, ranks)
         show = progress if ranks.leads else False
         id_split = as_split(loader, "id", progress=show)
@@ -313,7 +319,7 @@ def scan(
         curvature = id_split
         if sharpness_on is not None:
             curvature = as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
-        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared)
+        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared, memory)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
         folder = None if out is None else FilePath(out)

@@ -25,7 +25,7 @@ ROOMS = [
     ["gathering"],
     ["replay"],
     ["apgd", "curvature"],
-    ["perturbation", "evaluate"],
+    ["perturbation", "evaluate", "budget"],
     ["measures", "memory"],
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],

@@ -24,12 +24,25 @@ Part = Callable[[Sequence[str], Tree], Tree]
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the device (of this machine for a CPU)."""
+def free_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Return the free memory of the device (of this machine for a CPU), within what this process may take of it."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # given back when asked for
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        taken = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - taken  # given back when asked for
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - taken
+        return max(min(int(free) + cached, allowed), 0)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free if limit is None else max(min(free, limit - _resident()), 0)
+
+
+def _resident() -> int:
+    """Return the memory that this process holds, 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 class _SavedBytes:
@@ -87,6 +100,7 @@ class Graphs(Generic[Graph]):
         self._budget = budget
         self.kept: list[Graph] = []
         self.kept_bytes = 0
+        self.largest = 0  # bytes of a graph, of those that were measured
         self._full = False
 
     def __iter__(self) -> Iterator[Graph]:
@@ -121,6 +135,7 @@ class Graphs(Generic[Graph]):
         counter = _SavedBytes(self._constants, self._unsaved)
         with saved_tensors_hooks(counter.pack, restored):
             graph = self._graph(batch)
+        self.largest = max(self.largest, counter.bytes)
         self._full = self.kept_bytes + counter.bytes > self._budget
         if not self._full:
             self.kept_bytes += counter.bytes

@@ -105,6 +105,11 @@ class Point:
         self.loss = sum(self.objective.ranks.gathered(losses))
         self.unused = frozenset(self.leaves.keys() - set(self.objective.ranks.gathered(sorted(touched))))
 
+    @property
+    def graph_bytes(self) -> int:
+        """What the largest graph of a batch keeps, of those that were measured."""
+        return self._graphs.largest
+
     @cached_property
     def _above(self) -> dict[str, float]:
         total = sum(leaf.numel() for leaf in self.leaves.values())
