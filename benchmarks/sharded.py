@@ -4,8 +4,8 @@ Usage, from the root of the repository, on a machine with two or more GPUs::
 
     PYTHONPATH=. python benchmarks/sharded.py --size b32 --out benchmarks/results/sharded-b32-h200.json
 
-One process scans with all the memory there is, one image at a time; a share of its peak is the limit for two runs: the
-same again, which must run out of memory, and the model in shards over all processes, which must not.
+One process scans with all the memory there is. Two runs have a limit: one process, which must run out of memory, and
+the model in shards over all processes, which must not.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def worker(chosen: argparse.Namespace) -> None:
         nets = ends(SIZES[chosen.size], chosen)
         if int(os.environ["WORLD_SIZE"]) == 1:
             rows = [scan(chosen, nets, "alone", None)]
-            peak = rows[0]["peak_bytes"][0]
-            rows.append(scan(chosen, nets, "alone, limited", int(chosen.share * peak) if peak else None))
+            size = sum(tensor.nbytes for tensor in nets[0].parameters())
+            limit = int(chosen.sizes * size) if chosen.device == "cuda" else None
+            rows.append(scan(chosen, nets, "alone, limited", limit))
         else:
             alone = json.loads((chosen.work / "sharded-1.json").read_text())
             nets = [in_shards(net, chosen.device, on_host=i > 0) for i, net in enumerate(nets)]
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=max(torch.cuda.device_count(), 2))
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--share", type=float, default=0.65, help="of the peak of one process, the limit")
+    parser.add_argument("--sizes", type=float, default=9.5, help="the limit, in bytes of the model's weights")
     parser.add_argument("--trained", type=int, nargs=2, default=(30, 60), help="optimiser steps of the two ends")
     parser.add_argument("--work", type=Path, default=Path("work/sharded"))
     parser.add_argument("--out", type=Path)
@@ -102,9 +103,11 @@ def main() -> None:
     rows = []
     for count in (1, chosen.processes):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        subprocess.run(
-            [sys.executable, *torchrun, __file__, *sys.argv[1:], "--worker", "--work", str(chosen.work)], check=True
-        )
+        command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--worker", "--work", str(chosen.work)]
+        spare, own = torch.cuda.device_count() - 1, {}
+        if count == 1 and spare >= chosen.processes:  # beside what else runs on this machine, see scaling.py
+            own = {"CUDA_VISIBLE_DEVICES": str(spare), "SHARED_MACHINE": "1"}
+        subprocess.run(command, check=True, env={**os.environ, **own})
         rows += json.loads((chosen.work / f"sharded-{count}.json").read_text())
     found = {"rows": rows, "gap": gap(chosen.work, "alone", "in shards, limited"), "versions": versions()}
     found |= {"settings": {k: v for k, v in vars(chosen).items() if k not in ("out", "work", "worker")}}
