@@ -32,13 +32,14 @@ def limited(memory: int | None, device: str | None) -> Iterator[None]:
     if memory is None or place.type != "cuda":
         yield
         return
-    total = torch.cuda.mem_get_info(place)[1]
-    before = torch.cuda.get_per_process_memory_fraction(place)
-    torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), place)
+    index = torch.cuda.current_device() if place.index is None else place.index
+    total = torch.cuda.mem_get_info(index)[1]
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, place)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def pieces_for(batch: int, example: int, weights: int, free: int) -> int:

@@ -27,6 +27,7 @@ HEADROOM = 0.5  # share of free memory that kept graphs may take; products need 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
     """Return the free memory of the device (of this machine for a CPU), within what this process may take of it."""
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         taken = torch.cuda.memory_allocated(device)
         cached = torch.cuda.memory_reserved(device) - taken  # given back when asked for
         free, total = torch.cuda.mem_get_info(device)
