@@ -163,7 +163,10 @@ def report(
     ] = None,
     chains: Annotated[int | None, typer.Option(metavar="N", help="Measure N runs of alphas independently.")] = None,
     parallel: Annotated[
-        str | None, typer.Option(metavar="data|alphas", help="What the processes of torchrun share.")
+        str | None, typer.Option(metavar="data|alphas|weights", help="What the processes of torchrun share.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a process may take of its device, e.g. 40GiB.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 1 is quickest for very small models.")] = None,

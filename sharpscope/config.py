@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from sharpscope.errors import UsageError, nearest
 from sharpscope.measures import DEFAULT
@@ -44,7 +44,10 @@ class Settings(BaseModel):
     )
     recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
     chains: int = Field(default=1, ge=1, description="runs of alphas that are measured independently of each other")
-    parallel: Literal["data", "alphas"] | None = Field(default=None, description="what processes of torchrun share")
+    parallel: Literal["data", "alphas", "weights"] | None = Field(
+        default=None, description="what processes of torchrun share"
+    )
+    memory: ByteSize | None = Field(default=None, gt=0, description="what a process may take of its device, e.g. 40GiB")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
     seed: int = Field(default=0, description="of all draws")

@@ -144,8 +144,10 @@ class _Forward:
 
     def __init__(self, job: Job, batch: Batch) -> None:
         self._full = job.network.forward
-        self._replay = Replay(job.network) if replays_exactly(job, batch) else None
-        if self._replay is None:
+        # In shards what one process could skip another may have to compute, and they would wait for each other.
+        apart = job.parallel != "weights"
+        self._replay = Replay(job.network) if apart and replays_exactly(job, batch) else None
+        if self._replay is None and apart:
             job.warnings.append("interventions computed in full: forwards from a moved layer on differ from full ones")
 
     def at_base(self, weights: Tree, inputs: Any) -> torch.Tensor:
@@ -168,7 +170,7 @@ def _judged(
     """Return correctness, confidence and loss of every move, by its key."""
     weights = job.weights(base.alpha)
     found: list[dict[str, dict[str, torch.Tensor]]] = []
-    for inputs, targets in job.ranks.mine(batches, len(batches)):
+    for inputs, targets in job.evaluators.mine(batches, len(batches)):
         logits = forward.at_base(weights, inputs)
         answers = {}
         for key, move in moves.items():
@@ -179,7 +181,7 @@ def _judged(
                 logits_there = logits
             answers[key] = judged(logits_there, targets, columns)
         found.append(answers)
-    parts = job.ranks.gathered(found)
+    parts = job.evaluators.gathered(found)
     return {key: joined([answers[key] for answers in parts]) for key in moves}
 
 

@@ -142,6 +142,11 @@ class Job:
         """The processes that measure an alpha together."""
         return self.objective.ranks
 
+    @property
+    def evaluators(self) -> Ranks:
+        """The processes that share images where weights are only evaluated; with weights in shards all do all."""
+        return ALONE if self.parallel == "weights" else self.ranks
+
     def batches(self, split: Split, ranks: Ranks) -> Iterator[Batch]:
         """Yield this rank's batches of a split, on the device."""
         mine = ranks.mine(split, split.batch_count)

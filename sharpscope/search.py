@@ -135,7 +135,7 @@ class Search:
             key = recipe_key(split.name, trial.key)
             if key not in self._journal:
                 weights = weights or self._weights(trial)
-                forward, ranks = self._job.network.forward, self._job.ranks
+                forward, ranks = self._job.network.forward, self._job.evaluators
                 batches = self._job.batches(split, ranks)
                 found = per_example(forward, weights, batches, self._job.columns(split), ranks)
                 check_finite(float(found["loss"].mean()), f"{trial.name} on {split.name!r}")

@@ -78,13 +78,13 @@ def totals(parts: Iterable[Tensor]) -> float:
 
 
 def over_ranks(own: Tensor, mesh: Any) -> Tensor:
-    """Return the sum of a number that every process of the mesh has; without a mesh the number."""
+    """Return the sum of what every process of the mesh has, numbers of one shape; without a mesh what there is."""
     if mesh is None:
         return own
-    every = own.new_empty(mesh.size())
+    every = own.new_empty(mesh.size() * own.numel())
     # Gathered and added here in the order of the ranks, so that all have the same bits and take the same turns.
-    dist.all_gather_into_tensor(every, own.reshape(1), group=mesh.get_group())
-    return every.sum()
+    dist.all_gather_into_tensor(every, own.reshape(-1), group=mesh.get_group())
+    return every.view(mesh.size(), *own.shape).sum(0)
 
 
 def row(tensor: Tensor) -> Tensor:

@@ -2,15 +2,13 @@
 
 import json
 import os
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run
 from test_scan import loader, pair
 
 import sharpscope
@@ -18,7 +16,6 @@ from sharpscope import ranks
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import UsageError
-from sharpscope.journal import encode
 from sharpscope.perturbation import AverageMSharpness, MSharpness
 from sharpscope.ranks import Ranks, parallel_from
 from sharpscope.search import RecipeSearch
@@ -98,40 +95,12 @@ def nan_in_the_last(folder):
 WORK |= {work.__name__: work for work in (deadly, undisturbed, unlike, nan_in_the_last)}
 
 
-def child(rank, size, names, folder):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    if size > 1:
-        store = f"file://{folder}/store-{'-'.join(names)}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    for name in names:
-        try:
-            found = WORK[name](folder)
-            (folder / f"{name}-{rank}.jsonl").write_text("\n".join(map(encode, found.cells)))
-        except Exception as error:
-            (folder / f"{name}-{rank}.error").write_text(f"{error!r}\n{traceback.format_exc()}")
-
-
-def run(size, names, folder):
-    """Run the work in so many processes; return their exit codes."""
-    spawn = mp.get_context("spawn")
-    processes = [spawn.Process(target=child, args=(rank, size, names, folder)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(150)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Folders of the same scans by 1, 2 and 3 processes."""
     folders = {size: tmp_path_factory.mktemp(f"of-{size}") for size in (1, 2, 3)}
     for size, folder in folders.items():
-        codes = run(size, ("whole", "chains", "many"), folder)
+        codes = run(WORK, size, ("whole", "chains", "many"), folder)
         assert codes == [0] * size, [error.read_text() for error in folder.glob("*.error")]
         assert not list(folder.glob("*.error")), next(folder.glob("*.error")).read_text()
     return folders
@@ -166,19 +135,19 @@ def test_chains_change_nothing_but_where_eigenvector_searches_start(found):
 
 
 def test_a_process_that_dies_ends_the_scan_and_its_cells_are_gone_on_from(tmp_path):
-    assert run(2, ("deadly",), tmp_path) == [0, 9]
+    assert run(WORK, 2, ("deadly",), tmp_path) == [0, 9]
     said = (tmp_path / "deadly-0.error").read_text()
     assert "rank 0 of 2 has lost the others" in said
     assert "the same command again goes on from the cells on disk" in said
     cells = (tmp_path / "deadly" / "cells.jsonl").read_text().splitlines()
     assert len(cells) == 1 + 2 * 4 + 2  # header, two alphas, two evaluations of the third
-    assert run(1, ("deadly", "undisturbed"), tmp_path) == [0]
+    assert run(WORK, 1, ("deadly", "undisturbed"), tmp_path) == [0]
     resumed, whole = (tmp_path / name / "cells.jsonl" for name in ("deadly", "undisturbed"))
     assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_an_error_in_one_chain_is_raised_everywhere_and_leaves_the_others_cells(tmp_path):
-    run(2, ("nan_in_the_last", "unlike"), tmp_path)
+    run(WORK, 2, ("nan_in_the_last", "unlike"), tmp_path)
     for rank in (0, 1):
         assert "the loss at alpha 1 on 'id' is" in (tmp_path / f"nan_in_the_last-{rank}.error").read_text()
         said = (tmp_path / f"unlike-{rank}.error").read_text()

@@ -148,6 +148,7 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         granularity=chosen.granularity,
         chains=chosen.chains,
         parallel=chosen.parallel,
+        memory=chosen.memory,
         interventions=chosen.interventions,
         intervention_limit=chosen.intervention_limit,
         recipes=chosen.recipes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 from itertools import chain
 
 import numpy as np
@@ -16,6 +17,7 @@ from sharpscope.curvature.graphs import Part
 from sharpscope.curvature.point import FREE, Matrix, Point
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
+from sharpscope.sharding import mesh_of, over_ranks
 from sharpscope.table import MODEL
 from sharpscope.tree import flat, rademacher, select
 
@@ -162,7 +164,7 @@ class Trace:
         done = {"": len(next(iter(joint.values())).samples), **{layer: len(own[layer].samples) for layer in order.own}}
         names = {"": tuple(chain.from_iterable(layers.layers.values())), **layers.layers}
         sizes = {layer: len(flat(select(point.gradient, some))) for layer, some in layers.layers.items()}
-        found: list[_Answers] = []
+        found, mesh = list[_Answers](), mesh_of(point.gradient.values())
         for number, part in enumerate(point.operator(self.matrix).parts(), point.objective.share.start):
 
             def draws(of: str, count: int, number: int = number, part: Part = part) -> _Draws:
@@ -172,10 +174,10 @@ class Trace:
                     image = part(names[of], probe)
                     yield flat(probe) * flat({n: image[n] if n in image else torch.zeros_like(like[n]) for n in like})
 
-            shared = _entries(draws("", order.joint), sizes)
+            shared = _entries(draws("", order.joint), sizes, mesh)
             alone: dict[str, _Answer] = {}
             for layer, count in order.own.items():
-                alone |= _entries(draws(layer, count), {layer: sizes[layer]})
+                alone |= _entries(draws(layer, count), {layer: sizes[layer]}, mesh)
             found.append((shared, alone))
         batches = point.objective.ranks.gathered(found)
         for layer in joint if order.joint else ():
@@ -247,8 +249,11 @@ class _Order:
     own: dict[str, int]
 
 
-def _entries(draws: _Draws, sizes: Mapping[str, int]) -> dict[str, _Answer]:
-    """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean."""
+def _entries(draws: _Draws, sizes: Mapping[str, int], mesh: Any) -> dict[str, _Answer]:
+    """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean.
+
+    The rows that the draws give are those of this process where there is a mesh.
+    """
     sums, squares, total = list[Tensor](), list[Tensor](), None
     for row in draws:
         sums.append(_by_layer(row, sizes))
@@ -257,7 +262,8 @@ def _entries(draws: _Draws, sizes: Mapping[str, int]) -> dict[str, _Answer]:
     if total is None:
         return {}
     off = torch.stack(squares).sum(0) - _by_layer(total * total, sizes) / len(sums)
-    columns = torch.stack([*sums, off.clamp(min=0)]).T.tolist()  # the only place that waits for the device
+    found = over_ranks(torch.stack([*sums, off.clamp(min=0)]), mesh)
+    columns = found.T.tolist()  # the only place that waits for the device
     return {layer: (column[:-1], column[-1]) for layer, column in zip(sizes, columns, strict=True)}
 
 
