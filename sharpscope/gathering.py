@@ -8,7 +8,6 @@ and products with the Hessian are exact. What autograd saves of a gathered weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,12 +33,12 @@ class Gatherings:
         """Return the whole tensor, remembering what it was made of."""
         found = whole(shard)
         storage = found.untyped_storage()
-        self._known[storage._cdata] = (StorageWeakRef(storage), shard.detach())
+        self._known[storage._cdata] = (StorageWeakRef(storage), shard.detach())  # type: ignore[no-untyped-call]
         return found
 
     def forget(self) -> None:
         """Drop what is no more."""
-        self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
+        self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}  # type: ignore[no-untyped-call]
 
     def kept(self, tensor: Tensor) -> Callable[[], Tensor] | None:
         """Return how to make the tensor again, if it is a view of a gathered weight."""
@@ -157,7 +156,8 @@ def _is_wrapped(module: nn.Module) -> bool:
 def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """Return a copy of the tree of modules on the same tensors, without the classes and hooks of ``fully_shard``."""
     if id(module) not in done:
-        kind: Any = type(module).__mro__[2] if _is_wrapped(module) else type(module)
+        kinds: Any = type(module).__mro__
+        kind = kinds[2] if _is_wrapped(module) else kinds[0]
         copy = done[id(module)] = kind.__new__(kind)
         copy.__dict__.update(module.__dict__)
         for name, table in module.__dict__.items():

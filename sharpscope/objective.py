@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.errors import MeasurementError
-from sharpscope.losses import Loss
+from sharpscope.errors import MeasurementError, UsageError
+from sharpscope.losses import COUPLED, Loss
 from sharpscope.ranks import ALONE, Ranks
 from sharpscope.tree import Tree
 
@@ -87,6 +87,12 @@ class Objective:
         the same sums. Then every method but :meth:`outputs` and :meth:`part` is collective.
     again
         Which tensors graphs need not hold, as they can be made again: weights gathered from shards.
+
+    Raises
+    ------
+    UsageError
+        If the loss couples the examples of a batch, and batches differ in size or are to be computed in pieces: the
+        mean over batches of one size is then the definition.
     """
 
     forward: Forward
@@ -95,6 +101,17 @@ class Objective:
     pieces: int = 1
     ranks: Ranks = ALONE
     again: Again | None = None
+
+    def __post_init__(self) -> None:
+        sizes = sorted({len(batch.targets) for batch in self.batches})
+        if self.coupled and (self.pieces > 1 or len(sizes) > 1):
+            cut = f"{self.pieces} pieces" if self.pieces > 1 else f"sizes {', '.join(map(str, sizes))}"
+            raise UsageError(f"a contrastive loss on batches in {cut}", "batches of one size, each computed as a whole")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether each batch is one term of the mean loss, as a contrastive loss has it, not each example."""
+        return self.loss in COUPLED
 
     @property
     def examples(self) -> int:

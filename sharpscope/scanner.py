@@ -18,7 +18,7 @@ from sharpscope.errors import MeasurementError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
-from sharpscope.losses import Loss, loss_from
+from sharpscope.losses import Loss, Towers, loss_from
 from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
@@ -36,7 +36,7 @@ from sharpscope.tree import Tree
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
     batches = job.batches(split, job.team)
-    examples = per_example(job.objective.forward, weights, batches, job.columns(split), job.team)
+    examples = per_example(job.network.forward, weights, batches, job.columns(split), job.team)
     check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
     return evaluation_cell(alpha, split.name, examples)
 
@@ -197,6 +197,7 @@ def scan(
     alphas: int | Sequence[float] = 11,
     measures: Sequence[str | Measure] = DEFAULT,
     sharpness_on: Any = None,
+    objective: Towers = "image",
     loss: str | Loss = "cross_entropy",
     label_smoothing: float = 0.0,
     limit: int | None = 256,
@@ -234,6 +235,12 @@ def scan(
         Names in :data:`sharpscope.measures.MEASURES`, or configured measures, e.g. ``Trace(relative=0.01)``.
     sharpness_on
         Data that sharpness is measured on, e.g. training images; default ``loader``.
+    objective
+        What of two CLIPs the loss is a function of. ``"image"``: the image tower and a head, fixed by the class names
+        at either end and mixed between. ``"both"``: both towers, the head made by the text tower at every alpha.
+        ``"contrastive"``: both towers under the loss of contrastive fine-tuning (FLYP, arXiv 2212.00638), CLIP's or
+        SigLIP's, on images with their captions (a split that has them) or prompts of their classes. Accuracy is that
+        of zero-shot classification always.
     loss, label_smoothing
         The loss whose sharpness is measured: ``cross_entropy`` or ``squared_error``, or a function of outputs and
         targets that returns the sum over examples. The evaluation always reports cross-entropy.
@@ -241,7 +248,8 @@ def scan(
         Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
     batch_size
         Examples whose gradient graph is built at once; bounds memory. Each batch gets trace probes of its own, so small
-        batches need fewer of them; other numbers change by rounding only.
+        batches need fewer of them; other numbers change by rounding only. A contrastive loss is a mean over batches of
+        exactly this size, which are the groups of its m-sharpness and are never cut.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
     interventions
@@ -296,7 +304,7 @@ def scan(
     """
     plan = Plan(
         alphas=alphas_from(alphas),
-        measures=measures_from(measures),
+        measures=measures_from(measures, batch_size if objective == "contrastive" else None),
         seed=seed,
         limit=limit,
         batch_size=batch_size,
@@ -306,6 +314,7 @@ def scan(
         label_smoothing=label_smoothing,
         precision=precision,
         chains=chains,
+        objective=objective,
     )
     started = time.monotonic()
     with joined() as ranks, matmul_precision(precision), limited(memory, device):
@@ -319,7 +328,9 @@ def scan(
         curvature = id_split
         if sharpness_on is not None:
             curvature = as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
-        job = prepare((model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared, memory)
+        job = prepare(
+            (model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared, memory
+        )
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
         folder = None if out is None else FilePath(out)
@@ -327,8 +338,8 @@ def scan(
         ranks.check_equal({**identity, "device": str(job.provenance["device"])})
         with locked(folder if ranks.leads else None):
             journal = _journal(ranks, identity, folder, fresh)
-            memory = Memory(folder, ranks if shared == "weights" else job.team)
-            found = _measured(job, plan, moves, searched, journal, memory, show)
+            kept = Memory(folder, ranks if shared == "weights" else job.team)
+            found = _measured(job, plan, moves, searched, journal, kept, show)
             if shared == "alphas":
                 job.counts = sum(ranks.gathered([job.counts]), Counter())
             result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})

@@ -29,7 +29,7 @@ def mesh_of(tensors: Iterable[Tensor]) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, without history."""
-    return tensor._local_tensor if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor._local_tensor if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _split(shard: DTensor) -> bool:
@@ -65,7 +65,7 @@ def _stride(shape: torch.Size) -> tuple[int, ...]:
 
 def whole(shard: Tensor) -> Tensor:
     """Return the tensor that all processes' shards make; differentiable twice. Collective."""
-    return _Whole.apply(shard) if is_shard(shard) else shard  # type: ignore[no-untyped-call, no-any-return]
+    return _Whole.apply(shard) if is_shard(shard) else shard  # type: ignore[no-untyped-call]
 
 
 def totals(parts: Iterable[Tensor]) -> float:

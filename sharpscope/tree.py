@@ -66,7 +66,7 @@ def scaled(a: Tree, factor: float) -> Tree:
     return {name: tensor * factor for name, tensor in a.items()}
 
 
-def select(a: Tree, names: Iterable[str]) -> Tree:
+def select(a: Mapping[str, Tensor], names: Iterable[str]) -> Tree:
     """Return the sub-tree of the given names, in their order."""
     return {name: a[name] for name in names}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
