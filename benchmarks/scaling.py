@@ -6,7 +6,7 @@ Usage, from the root of the repository, on a machine with any number of GPUs::
 
 Every number of processes is a ``torchrun`` of its own over the same weights and images, and every run does the same
 plan, with as many chains of alphas as the largest number of processes: ``data`` shares the batches of every product,
-``alphas`` the chains, ``weights`` the weights, as torch's ``fully_shard`` leaves them (slow, for models that do not fit;
+``alphas`` the chains, ``weights`` the weights, as ``fully_shard`` leaves them (slow; for models that do not fit,
 not among the default modes). Efficiency is the time of one process over the time of all together: strong scaling.
 Timed is a whole ``sharpscope.scan`` into an empty folder, from reading the data to the result on disk, after a short
 scan that compiles kernels; the start of the processes and the loading of weights are not in it.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sharpscope.errors import MeasurementError
-from sharpscope.plan import Job
+from sharpscope.job import Job
 from sharpscope.table import Cell
 
 

@@ -14,11 +14,13 @@ import torch
 from sharpscope.data import as_split
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import joined, judged
+from sharpscope.job import Job
 from sharpscope.moves import replays_exactly
 from sharpscope.objective import Batch
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
-from sharpscope.plan import Job, Plan, prepare
+from sharpscope.plan import Plan
+from sharpscope.preparation import prepare
 from sharpscope.replay import Replay
 from sharpscope.stragglers.interval import Interval, mean_interval
 from sharpscope.tree import Tree, gaussian, select

@@ -2,7 +2,7 @@
 
 torch's ``fully_shard`` cannot be differentiated twice: with ``create_graph=True`` its gradients come without a graph,
 and ``autograd.grad`` finds none at all. So the shards are gathered by functions that can (:mod:`sharpscope.sharding`),
-and products with the Hessian are exact. What autograd saves of a gathered weight is not the weight but how to gather it.
+and products with the Hessian are exact. Of a gathered weight autograd saves not the weight but how to gather it.
 """
 
 from __future__ import annotations
@@ -177,11 +177,11 @@ def checked_mesh(parameters: Tree) -> Any:
     Raises
     ------
     ModelError
-        If some are plain and some are not, or they are spread in a way that ``fully_shard`` over all processes does not.
+        If some are plain and some are not, or they are not spread as ``fully_shard`` over all processes does.
     """
     mesh = mesh_of(parameters.values())
     for name, tensor in parameters.items() if mesh else ():
-        placements = getattr(tensor, "placements", ())
+        placements: Any = getattr(tensor, "placements", ())
         plain = len(placements) == 1 and (placements[0].is_replicate() or placements[0].is_shard(0))
         if not plain or tensor.device_mesh != mesh or mesh.size() != torch.distributed.get_world_size():  # type: ignore[attr-defined]
             raise ModelError(

@@ -10,10 +10,11 @@ import torch
 
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import joined, judged
+from sharpscope.job import Job
 from sharpscope.journal import Journal
 from sharpscope.moves import Move, in_words, moved, replays_exactly
 from sharpscope.objective import Batch, check_finite
-from sharpscope.plan import Job, Plan
+from sharpscope.plan import Plan
 from sharpscope.replay import Replay
 from sharpscope.stragglers.effects import NECESSARY, SUFFICIENT, Base, moved_key
 from sharpscope.stragglers.recommendation import recommend

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sharpscope.job import Job
 from sharpscope.objective import Batch
-from sharpscope.plan import Job
 from sharpscope.replay import Replay
 from sharpscope.stragglers.effects import Base
 from sharpscope.tree import Tree, gaussian, norm, select

@@ -4,188 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from sharpscope.backoff import that_fit
 from sharpscope.budget import limited
-from sharpscope.curvature.estimate import Estimate
-from sharpscope.curvature.point import Point
-from sharpscope.data import Split, as_split
-from sharpscope.errors import MeasurementError
-from sharpscope.evaluate import evaluation_cell, per_example
+from sharpscope.data import as_split
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.losses import Loss, Towers, loss_from
+from sharpscope.measurement import measured
 from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
-from sharpscope.objective import check_finite
 from sharpscope.partition import Granularity
-from sharpscope.plan import Job, Plan, alphas_from, prepare, sharing_of
+from sharpscope.plan import Plan, alphas_from
 from sharpscope.precision import Precision, matmul_precision
-from sharpscope.progress import Progress
+from sharpscope.preparation import prepare, sharing_of
 from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
-from sharpscope.search import RecipeSearch, Search, recipes_from
+from sharpscope.search import RecipeSearch, recipes_from
 from sharpscope.storage import locked, writing
-from sharpscope.table import MODEL, Cell, Row, cell_key
-from sharpscope.tree import Tree
-
-
-def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
-    batches = job.batches(split, job.team)
-    examples = per_example(job.network.forward, weights, batches, job.columns(split), job.team)
-    check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
-    return evaluation_cell(alpha, split.name, examples)
-
-
-def _curvature_cell(alpha: float, split: str, measure: str, found: Mapping[str, Estimate]) -> Cell:
-    rows = tuple(
-        Row(alpha, layer, split, measure, e.value, e.stderr, e.draws, e.converged) for layer, e in found.items()
-    )
-    return Cell(cell_key(alpha, split, measure), rows, {layer: e.samples for layer, e in found.items()})
-
-
-def _measure(job: Job, plan: Plan, point: Point, measure: Measure, alpha: float, tick: Any) -> Cell:
-    found = {}
-    for layer, estimate in measure(point, job.layers, plan.seed):
-        found[layer] = estimate
-        tick(measure.name, layer)
-    ordered = {layer: found[layer] for layer in (*job.layers.layers, MODEL) if layer in found}
-    return _curvature_cell(alpha, job.curvature_split, measure.name, ordered)
-
-
-def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory, tick: Any) -> Iterator[Cell]:
-    """Yield the cells of one alpha that are not in the journal yet."""
-    alpha = plan.alphas[index]
-    weights = job.weights(alpha)
-    for split in job.splits:
-        if cell_key(alpha, split.name, "evaluation") not in journal:
-            cell = _evaluate(job, weights, alpha, split)
-            tick("evaluation", split.name)
-            yield cell
-    missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
-    if not missing:
-        return
-    guesses = {} if plan.begins(index) else memory.before(index, weights, plan.stride(index))
-    point = Point(
-        job.objective,
-        weights,
-        job.layers.names,
-        graph_bytes=job.room(),
-        memory=guesses,
-        delta=job.path.delta,
-        workspace=job.workspace,
-    )
-    check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
-    for measure in missing:
-        known = len(point.found)
-        cell = _measure(job, plan, point, measure, alpha, tick)
-        if len(point.found) > known:  # on disk before the cell that goes with it
-            memory.keep(index, point.found)
-        yield cell
-    job.count(point)
-
-
-def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
-    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again.
-
-    Raises
-    ------
-    MeasurementError
-        After all others, if alphas could not be measured.
-    """
-    faults: dict[float, MeasurementError] = {}
-
-    def measured(index: int) -> Iterator[Cell]:
-        at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
-        # Ranks that gather weights wait for each other within a product: there, running out of memory ends the scan.
-        fits = job.parallel != "weights"
-        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if fits else at()
-
-    for indices in plan.rounds:
-        together = ((index, measured(index)) for index in indices)
-        for index, found in _apart(job.ranks, indices, measured) if job.parallel == "alphas" else together:
-            alpha = plan.alphas[index]
-            try:
-                for cell in found:
-                    journal.append(cell)
-                    yield cell
-            except MeasurementError as fault:
-                faults[alpha] = fault
-                progress.say(f"alpha {alpha:g} failed: {fault.problem}")
-            else:
-                progress.alpha_done(index, alpha)
-    if faults:
-        raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
-
-
-def _apart(
-    ranks: Ranks, indices: Sequence[int], measured: Callable[[int], Iterator[Cell]]
-) -> Iterator[tuple[int, Iterator[Cell]]]:
-    """Yield each alpha with its cells, found by one rank each; what was found before an error comes before it."""
-    mine: list[tuple[int, dict[str, Cell], MeasurementError | None]] = []
-    for index in indices[ranks.rank :: ranks.size]:
-        done: dict[str, Cell] = {}
-        error: MeasurementError | None = None
-        try:
-            for cell in measured(index):
-                done[cell.key] = cell
-        except MeasurementError as failure:
-            error = failure
-        mine.append((index, done, error))
-    for index, done, error in sorted(ranks.gathered(mine), key=lambda entry: entry[0]):
-        yield index, _replayed(done, error)
-
-
-def _replayed(done: Mapping[str, Cell], error: MeasurementError | None) -> Iterator[Cell]:
-    yield from done.values()
-    if error is not None:
-        raise error
-
-
-def _unmeasured(faults: Mapping[float, MeasurementError], plan: Plan, journal: Journal) -> MeasurementError:
-    """Return what is said of alphas without usable numbers; the others are finished by then."""
-    first, others = next(iter(faults.values())), len(plan.alphas) - len(faults)
-    listed = ", ".join(f"{alpha:g}" for alpha in faults)
-    kept = f", {others} are" + (f" and kept in {journal.path}" if journal.path else "") if others else ""
-    return MeasurementError(
-        f"{first.problem}; {len(faults)} of {len(plan.alphas)} alphas ({listed}) could not be measured{kept}", first.fix
-    )
-
-
-def _measured(
-    job: Job,
-    plan: Plan,
-    moves: Interventions | None,
-    recipes: RecipeSearch | None,
-    journal: Journal,
-    memory: Memory,
-    show: bool | None,
-) -> dict[str, Any]:
-    """Bring the journal to completion, with progress: the path, interventions, recipes. Return what the latter were."""
-    steps = len(plan.alphas) * (len(job.splits) + len(plan.measures) * (len(job.layers.layers) + 1))
-    steps += moves.steps(job) if moves else 0
-    steps += recipes.evaluations * len(job.splits) if recipes else 0
-    with Progress(steps, len(plan.alphas), show) as bar:
-        bar.say(job.describe(plan, len(journal)))
-        for _ in cells(job, plan, journal, memory, bar):
-            pass
-        job.workspace.clear()
-        if moves:
-            bar.say(moves.describe(job))
-            for cell in moves.cells(job, plan, journal, bar.count):
-                journal.append(cell)
-        tried = None
-        if recipes:
-            bar.say(f"recipes: at most {recipes.evaluations} are tried on all images")
-            search = Search(recipes, job, plan, journal, bar.count)
-            for cell in search.cells():
-                journal.append(cell)
-            tried = search.meta()
-    return {"interventions": moves.meta(job, plan, journal) if moves else None, "recipes": tried}
+from sharpscope.table import Cell
 
 
 def scan(
@@ -339,7 +178,7 @@ def scan(
         with locked(folder if ranks.leads else None):
             journal = _journal(ranks, identity, folder, fresh)
             kept = Memory(folder, ranks if shared == "weights" else job.team)
-            found = _measured(job, plan, moves, searched, journal, kept, show)
+            found = measured(job, plan, moves, searched, journal, kept, show)
             if shared == "alphas":
                 job.counts = sum(ranks.gathered([job.counts]), Counter())
             result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})

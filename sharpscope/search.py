@@ -10,9 +10,10 @@ import numpy as np
 
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import per_example
+from sharpscope.job import Job
 from sharpscope.journal import Journal
 from sharpscope.objective import check_finite
-from sharpscope.plan import Job, Plan
+from sharpscope.plan import Plan
 from sharpscope.recipe import Recipe
 from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.recipes import recipe_key, score

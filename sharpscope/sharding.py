@@ -129,7 +129,7 @@ class _Parts(torch.autograd.Function):
     """A tensor per process -> the sum over processes, in shards: the transpose of `_Whole`."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, like: DTensor) -> Tensor:
+    def forward(_ctx: Any, gradient: Tensor, like: DTensor) -> Tensor:
         group, gradient = like.device_mesh.get_group(), gradient.contiguous()
         if not _split(like):
             total = gradient.clone()
@@ -141,7 +141,7 @@ class _Parts(torch.autograd.Function):
         return shard_of(found[: own.stop - own.start], like)
 
     @staticmethod
-    def backward(ctx: Any, bent: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, bent: Tensor) -> tuple[Tensor, None]:
         return whole(bent), None
 
 

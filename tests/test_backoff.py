@@ -113,7 +113,7 @@ def test_a_scan_for_which_one_example_is_too_much_ends_with_a_sentence(monkeypat
         def parts(self):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("sharpscope.scanner.Point", Full)
+    monkeypatch.setattr("sharpscope.measurement.Point", Full)
     with pytest.raises(MeasurementError, match="cpu ran out of memory at alpha 0 with one example at a time"):
         scanned(measures=["lambda_max"])
 

@@ -15,7 +15,8 @@ from sharpscope.data import as_split
 from sharpscope.errors import MeasurementError, UsageError
 from sharpscope.intervention import Interventions
 from sharpscope.moves import Move, moved
-from sharpscope.plan import Plan, prepare
+from sharpscope.plan import Plan
+from sharpscope.preparation import prepare
 from sharpscope.stragglers.effects import NECESSARY, SUFFICIENT, Base, effects, moved_key
 from sharpscope.table import Cell
 from sharpscope.tree import norm

@@ -21,8 +21,9 @@ from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
-from sharpscope.plan import Plan, alphas_from, prepare
+from sharpscope.plan import Plan, alphas_from
 from sharpscope.precision import deterministic_algorithms
+from sharpscope.preparation import prepare
 from sharpscope.ranks import launched
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult

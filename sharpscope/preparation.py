@@ -1,0 +1,222 @@
+"""Models against each other and data against the models: checked before a scan starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpscope.budget import pieces_for
+from sharpscope.curvature.graphs import free_bytes
+from sharpscope.curvature.point import Point
+from sharpscope.data import Split
+from sharpscope.errors import ModelError, UsageError
+from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
+from sharpscope.job import Job
+from sharpscope.losses import Towers
+from sharpscope.merging.scanned import on_disk
+from sharpscope.network import Network, network
+from sharpscope.objective import Objective, check_deterministic, check_finite
+from sharpscope.pairs import differentiated
+from sharpscope.partition import Partition, container_names, partition
+from sharpscope.path import Path
+from sharpscope.plan import Plan
+from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over, own_device
+from sharpscope.sharding import is_shard, local, shard_of
+from sharpscope.tree import Tree, check_same_structure, select
+
+ROLES = ("the zero-shot model", "the fine-tuned model")
+
+
+def _modules(
+    models: tuple[Any, Any], classes: Sequence[str] | None, objective: Towers
+) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
+    """Return two classifiers, their names and notes: the modules, or made of what :func:`sharpscope.load` returned."""
+    loaded = [hasattr(model, "preprocess") and not isinstance(model, nn.Module) for model in models]
+    if any(loaded) and not all(loaded):
+        other = models[loaded.index(False)]
+        raise ModelError(
+            f"{ROLES[loaded.index(True)]} was loaded, {ROLES[loaded.index(False)]} is a {type(other).__name__}",
+            "sharpscope.load(REF) for both, or two modules whose forward gives logits",
+        )
+    if any(isinstance(model, nn.Module) for model in models) or not all(hasattr(m, "preprocess") for m in models):
+        if objective != "image":
+            raise UsageError(
+                f"objective={objective!r} needs both towers of two CLIPs, a {type(models[0]).__name__} gives logits",
+                "sharpscope.load(REF) for both models",
+            )
+        return models, (type(models[0]).__name__, type(models[1]).__name__), []
+    from sharpscope.models.compatibility import pair  # reads checkpoints, only where it is needed
+
+    start, end, notes = pair(*models, classes, objective)
+    return (start, end), (models[0].name, models[1].name), notes
+
+
+def sharing_of(*models: Any) -> Parallel | None:
+    """Return that processes share the weights if the models are in shards.
+
+    Raises
+    ------
+    ModelError
+        If one is and the other is not.
+    """
+    found = [isinstance(m, nn.Module) and any(map(is_shard, m.parameters())) for m in models]
+    if any(found) and not all(found):
+        raise ModelError(
+            f"{ROLES[found.index(True)]} is in shards and {ROLES[found.index(False)]} is not",
+            "fully_shard both, or neither and parallel='weights'",
+        )
+    return "weights" if any(found) else None
+
+
+def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
+    """Return the path, the constant buffers, and a warning if running statistics lie on the path."""
+    first, second = networks
+    check_same_structure(first.buffers, second.buffers, ROLES)
+    moving = [n for n, b in first.buffers.items() if b.is_floating_point() and not torch.equal(b, second.buffers[n])]
+    path = Path(
+        {**first.parameters, **select(first.buffers, moving)}, {**second.parameters, **select(second.buffers, moving)}
+    )
+    notes = []
+    if moving:
+        notes.append(
+            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; batch-norm "
+            "statistics are wrong between the ends without recalibration"
+        )
+    return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
+
+
+def _moved(tree: Tree, device: torch.device) -> Tree:
+    return {
+        name: shard_of(local(tensor).to(device), tensor) if is_shard(tensor) else tensor.to(device)
+        for name, tensor in tree.items()
+    }
+
+
+def _spread(path: Path, first: Network, module: nn.Module, place: torch.device) -> tuple[Path, ShardedNetwork]:
+    """Return the path in shards, its end in the host's memory, and the network that computes on shards."""
+    mesh = checked_mesh(first.parameters) or mesh_over(place)
+    plain = {name for name in path.start if not is_shard(path.start[name])} & first.parameters.keys()
+
+    def shards(tree: Mapping[str, Tensor]) -> Tree:
+        return {**tree, **spread(select(dict(tree), [name for name in tree if name in plain]), mesh)}
+
+    return Path(_moved(shards(path.start), place), Offloaded(shards(path.end), place)), sharded(first, module, mesh)
+
+
+def prepare(
+    models: tuple[Any, Any],
+    id_split: Split,
+    ood: list[Split],
+    curvature: Split,
+    plan: Plan,
+    patterns: Mapping[str, str] | None,
+    device: str | None,
+    ranks: Ranks = ALONE,
+    parallel: Parallel = "data",
+    memory: int | None = None,
+) -> Job:
+    """Return the job, after checking models against each other and the data against the models.
+
+    With ``parallel="data"`` the ranks measure every alpha together, with ``"weights"`` each holds a part of them.
+
+    Cost: two forwards and one gradient of a batch, and a forward per split.
+    """
+    _check_names([id_split, *ood])
+    (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
+    networks = (network(module, ROLES[0]), network(other, ROLES[1]))
+    path, constants, moving = _ends(networks)
+    notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
+    place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
+    constants, net = _moved(constants, place), networks[0]
+    if parallel == "weights":
+        if plan.objective != "image":
+            raise UsageError(
+                f"objective={plan.objective!r} on weights in shards", "parallel='data', or objective='image'"
+            )
+        path, net = _spread(path, net, module, place)
+    else:
+        path = Path(_moved(path.start, place), _moved(dict(path.end), place))
+    if all(torch.equal(local(tensor), local(path.end[name])) for name, tensor in path.start.items()):
+        notes.append("both models have the same weights: every point of the path is the same")
+    parameters = list(networks[0].parameters)
+    everything, on_path = (
+        partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
+        for names in (parameters, list(path.start))
+    )
+    loss, batches, said, texts = differentiated(module, curvature, plan, place)
+    again = net.gatherings.kept if isinstance(net, ShardedNetwork) else None
+    sharers = ranks if parallel == "data" else ALONE
+    objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
+    labelled = [id_split, *ood, *([] if texts else [curvature])]
+    layers, example = _touched(objective, {**constants, **path.start}, everything, labelled)
+    objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
+    if objective.pieces > 1:
+        notes.append(f"batches are computed in {objective.pieces} pieces to stay within memory")
+    return Job(
+        path=path,
+        constants=constants,
+        layers=layers,
+        all_layers=everything,
+        path_layers=on_path,
+        network=net,
+        splits=[id_split, *ood],
+        curvature_split=curvature.name,
+        curvature_images=objective.examples,
+        sharpness_data=curvature,
+        objective=objective,
+        names=model_names,
+        sources=(on_disk(models[0]), on_disk(models[1])),
+        device=place,
+        warnings=[*notes, *said],
+        ranks=ranks,
+        parallel=parallel,
+        memory=memory,
+        texts=texts,
+    )
+
+
+def _check_names(splits: list[Split]) -> None:
+    names = [split.name for split in splits]
+    if twice := {name for name in names if names.count(name) > 1 or "|" in name}:
+        raise UsageError(f"data set name {min(twice)!r} is used twice or holds a '|'", "give each set its own name")
+
+
+def _in_pieces(objective: Objective, example: int, weights: int, device: torch.device, memory: int | None) -> Objective:
+    """Return the objective with batches in as many pieces as the memory asks for."""
+    if objective.coupled:
+        return objective
+    free = min(objective.ranks.gathered([free_bytes(device, memory)]))
+    return replace(objective, pieces=pieces_for(len(objective.batches[0].targets), example, weights, free))
+
+
+def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> tuple[Partition, int]:
+    """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches.
+
+    Also returned: the bytes that the gradient graph of an example keeps.
+    """
+    first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
+    for split in splits:
+        split.check_labels(_classes(first, weights, split))
+    check_finite(first(weights), "the zero-shot end")
+    check_deterministic(first, weights)
+    example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
+    return everything.only(set(everything.names) - point.unused), point.graph_bytes
+
+
+def _classes(objective: Objective, weights: Tree, split: Split) -> int:
+    """Return how many classes the model tells apart; ``ModelError`` if it cannot take the data."""
+    example = next(iter(split)).inputs[:1].to(next(iter(weights.values())).device)
+    try:
+        with torch.no_grad():
+            return objective.outputs(weights, example).shape[1]
+    except RuntimeError as refusal:
+        raise ModelError(
+            f"the zero-shot model fails on inputs of {split.name!r} of shape {tuple(example.shape)} {example.dtype}: "
+            f"{refusal}",
+            "give the loader the size, channels and dtype that the model was made for",
+        ) from refusal
