@@ -72,11 +72,12 @@ def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory
         workspace=job.workspace,
     )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
+    point.found.update(memory.at(index, weights))  # of measures that were done before the scan was stopped here
     for measure in missing:
         known = len(point.found)
         cell = _measure(job, plan, point, measure, alpha, tick)
         if len(point.found) > known:  # on disk before the cell that goes with it
-            memory.keep(index, point.found)
+            memory.keep(index, point.found, plan.first(index))
         yield cell
     job.count(point)
 

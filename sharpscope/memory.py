@@ -47,14 +47,15 @@ class Memory:
         That is the last vector plus stride times its difference to the one before, where there are both. Shards and
         device are those of ``like``.
         """
-        last = self._at(index - 1, like)
-        earlier = self._at(index - 2, like) if stride and last else {}
+        last = self.at(index - 1, like)
+        earlier = self.at(index - 2, like) if stride and last else {}
         return {
             key: axpy(stride, axpy(-1.0, earlier[key], tree), tree) if key in earlier else tree
             for key, tree in last.items()
         }
 
-    def _at(self, index: int, like: Tree) -> dict[str, Tree]:
+    def at(self, index: int, like: Tree) -> dict[str, Tree]:
+        """Return what the point at ``index`` left so far, or nothing."""
         if index in self._latest:
             return dict(self._latest[index])
         found: dict[str, Tree] = {}
@@ -75,9 +76,13 @@ class Memory:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
-    def keep(self, index: int, found: dict[str, Tree]) -> None:
-        """Remember what the point at ``index`` found; forget those before but for two."""
-        self._latest.pop(index - 3, None)
+    def keep(self, index: int, found: dict[str, Tree], first: int = 0) -> None:
+        """Remember what the point at ``index`` found; forget those before but for two, back to ``first``, not beyond.
+
+        Before the first of its chain lie the last points of another, which that one goes on from.
+        """
+        past = index - 3 if index - 3 >= first else -1
+        self._latest.pop(past, None)
         self._latest[index] = found
         if self.folder is None or not found:
             return
@@ -91,7 +96,7 @@ class Memory:
             return
         with writing(self._path(index)):
             _write(flat, self._path(index))
-            self._path(index - 3).unlink(missing_ok=True)
+            self._path(past).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the files of a scan that has ended or is begun anew."""

@@ -66,6 +66,10 @@ class Plan:
         runs = np.array_split(np.arange(len(self.alphas)), self.chains)
         return [tuple(int(run[i]) for run in runs if i < len(run)) for i in range(len(runs[0]))]
 
+    def first(self, index: int) -> int:
+        """Return the first alpha of the chain that an alpha is in."""
+        return max(first for first in self.rounds[0] if first <= index)
+
     def begins(self, index: int) -> bool:
         """Return whether an alpha is the first of its chain."""
         return index in self.rounds[0]

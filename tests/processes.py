@@ -32,7 +32,10 @@ def child(rank: int, size: int, work: Mapping[str, Callable[[Path], Any]], names
 
 
 def run(work: Mapping[str, Callable[[Path], Any]], size: int, names: Sequence[str], folder: Path) -> list[int | None]:
-    """Do the work in so many processes; return their exit codes."""
+    """Do the work in so many processes, a single one being this; return their exit codes."""
+    if size == 1:
+        child(0, 1, work, names, folder)
+        return [0]
     spawn = mp.get_context("spawn")
     processes = [spawn.Process(target=child, args=(rank, size, work, names, folder)) for rank in range(size)]
     for process in processes:

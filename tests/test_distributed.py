@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run
+from test_backoff import Cramped
 from test_scan import loader, pair
 
 import sharpscope
@@ -16,6 +17,7 @@ from sharpscope import ranks
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import UsageError
+from sharpscope.journal import decode
 from sharpscope.perturbation import AverageMSharpness, MSharpness
 from sharpscope.ranks import Ranks, parallel_from
 from sharpscope.search import RecipeSearch
@@ -23,16 +25,16 @@ from sharpscope.search import RecipeSearch
 # 14 images in batches of 3: five batches, so shares of 2 and 3 or of 1, 2 and 2, the last with a smaller batch.
 IMAGES, BATCH = 14, 3
 MEASURES = [
-    Trace(most=8),
-    Eigenvalue(),
+    Trace(most=4),
+    Eigenvalue(most=8),
     MSharpness(m=4),
-    AverageMSharpness(draws=2),
-    Trace(most=4, matrix="gauss_newton"),
-    Eigenvalue(matrix="gauss_newton", most=5),
+    AverageMSharpness(draws=1),
+    Trace(most=2, matrix="gauss_newton"),
+    Eigenvalue(matrix="gauss_newton", most=3),
 ]
 
 
-def scan(out, *, seed=1, alphas=5, measures=MEASURES, **settings):
+def scan(out, *, seed=1, alphas=4, measures=MEASURES, **settings):
     a, b = pair("vit")
     with torch.no_grad():
         b.head.bias += seed - 1
@@ -49,15 +51,25 @@ def whole(folder):
 
 def chains(folder):
     """The path as three chains, of which each process takes its own."""
-    return scan(folder / "alphas", chains=3, parallel="alphas" if dist.is_initialized() else None)
+    return scan(folder / "alphas", interventions=False, chains=3, parallel="alphas" if dist.is_initialized() else None)
 
 
 def many(folder):
     """Two batches, so that a third process has nothing to do."""
-    return scan(folder / "many", limit=6, alphas=2)
+    return scan(folder / "many", limit=6, alphas=2, measures=MEASURES[:3], interventions=False)
 
 
 WORK = {work.__name__: work for work in (whole, chains, many)}
+
+
+def cramped(folder):
+    """Rank 1 has room for two examples at a time; its fault ends neither rank."""
+    a, b = pair("vit")
+    most = 2 if dist.is_initialized() and dist.get_rank() == 1 else 100
+    nets = Cramped(a, most).eval(), Cramped(b, most).eval()
+    return sharpscope.scan(
+        *(*nets, loader(IMAGES, BATCH)), alphas=2, measures=MEASURES[:3], batch_size=BATCH, progress=False
+    )
 
 
 class Deadly(Trace):
@@ -92,7 +104,7 @@ def nan_in_the_last(folder):
     )
 
 
-WORK |= {work.__name__: work for work in (deadly, undisturbed, unlike, nan_in_the_last)}
+WORK |= {work.__name__: work for work in (deadly, undisturbed, unlike, nan_in_the_last, cramped)}
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +158,16 @@ def test_a_process_that_dies_ends_the_scan_and_its_cells_are_gone_on_from(tmp_pa
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+def values_in(cells):
+    return {(cell.key, row.layer, row.measure): row.value for cell in cells for row in cell.rows}
+
+
 def test_an_error_in_one_chain_is_raised_everywhere_and_leaves_the_others_cells(tmp_path):
-    run(WORK, 2, ("nan_in_the_last", "unlike"), tmp_path)
+    run(WORK, 2, ("nan_in_the_last", "unlike", "cramped"), tmp_path)
+    values = [values_in(map(decode, (tmp_path / f"cramped-{rank}.jsonl").read_text().splitlines())) for rank in (0, 1)]
+    assert values[0] == values[1]
+    alone = values_in(cramped(tmp_path).cells)
+    assert values[0] == pytest.approx(alone, rel=1e-6)
     for rank in (0, 1):
         assert "the loss at alpha 1 on 'id' is" in (tmp_path / f"nan_in_the_last-{rank}.error").read_text()
         said = (tmp_path / f"unlike-{rank}.error").read_text()

@@ -26,10 +26,12 @@ import clips
 import numpy as np
 import pytest
 import torch
+from test_scan import loader, pair
 from torch import nn
 
 import sharpscope
 from sharpscope import cli, journal
+from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import MeasurementError, OutputError, UsageError
 from sharpscope.memory import Memory
@@ -457,3 +459,28 @@ def test_a_fresh_scan_is_not_taken_for_the_finished_one_it_replaces(tmp_path):
     assert {path.name for path in tmp_path.glob("memory-*")} == set()
     with pytest.raises(UsageError, match="a scan that has not finished"):
         sharpscope.open(tmp_path)
+
+
+class Stopped(Eigenvalue):
+    """Stops the scan at the second alpha, between two measures that leave vectors to the next alpha."""
+
+    def __call__(self, point, layers, seed):
+        self.__dict__["points"] = self.__dict__.get("points", 0) + 1
+        if self.__dict__["points"] == 2:
+            raise KeyboardInterrupt
+        return super().__call__(point, layers, seed)
+
+
+def test_a_scan_stopped_between_two_eigenvalues_goes_on_with_the_vectors_of_both(tmp_path):
+    def scanned(folder, least):
+        a, b = pair("vit")
+        return sharpscope.scan(
+            *(a, b, loader()), alphas=4, measures=[Eigenvalue(most=4), least], out=tmp_path / folder, progress=False
+        )
+
+    scanned("whole", Eigenvalue("min", most=4))
+    with pytest.raises(KeyboardInterrupt):
+        scanned("stopped", Stopped("min", most=4))
+    scanned("stopped", Eigenvalue("min", most=4))
+    resumed, whole = (tmp_path / folder / "cells.jsonl" for folder in ("stopped", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()

@@ -64,12 +64,12 @@ def products(folder):
     reference, net = made("vit"), made("vit")
     shards = network(wrapped(net), "it")
     split = sharded(shards, net, checked_mesh(shards.parameters))
-    whole_objective, weights, names = objective(reference)
-    hessian, _ = dense_hessian(reference)
+    whole_objective, weights, names = objective(reference, (4, 2))
+    hessian, _ = dense_hessian(reference, 6)
     torch.manual_seed(3)
     v = {name: torch.randn_like(weights[name]) for name in names}
     plain = Point(whole_objective, weights, names)
-    for budget, pieces in ((0, 1), (10**9, 1), (0, 3)):
+    for budget, pieces in ((10**9, 1), (0, 2)):
         mine = Objective(split.forward, cross_entropy, whole_objective.batches, pieces, again=split.gatherings.kept)
         point = Point(mine, shards.parameters, names, graph_bytes=budget)
         assert point.loss == pytest.approx(plain.loss, rel=1e-14)
@@ -82,7 +82,7 @@ def products(folder):
             torch.testing.assert_close(flat(found, names), expected, rtol=1e-10, atol=1e-13)
         if budget:
             weights_bytes = sum(tensor.nbytes for tensor in weights.values())
-            assert len(point._graphs.kept) == 3
+            assert len(point._graphs.kept) == 2
             assert point._graphs.kept_bytes < plain._graphs.kept_bytes / 2 + weights_bytes
     (folder / f"products-{dist.get_rank()}").touch()
 
