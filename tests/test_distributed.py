@@ -182,7 +182,7 @@ def test_alphas_are_shared_by_default_where_there_is_a_chain_for_each_process():
     assert parallel_from(None, 3, ranks.ALONE) == "data"
     with pytest.raises(UsageError, match=r"2 processes .* form 1 chain\(s\)"):
         parallel_from("alphas", 1, two)
-    with pytest.raises(UsageError, match="chains=6 of 5 alphas"):
+    with pytest.raises(UsageError, match="chains=6 of 4 alphas"):
         scan(None, chains=6)
 
 
