@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -83,3 +84,88 @@ def test_a_probing_run_moves_its_head_alone_and_starts_the_rest_afresh():
     update.step(steps[1])
     first = stacked["vision_model.weight"][1]  # its first step: the rate itself, as bias correction starts with it
     torch.testing.assert_close(first.abs(), torch.full_like(first, RATE), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.slow
+def test_the_committed_write_up_is_what_the_stored_rows_say():
+    from rows import rows
+    from writeup import findings, rendered
+
+    text = rendered(findings(rows()))
+    assert text == (ROOT / "figures" / "STUDY.md").read_text(encoding="utf-8"), "run `make study` and commit figures/"
+
+
+def test_no_number_of_a_result_is_typed_in_the_write_up():
+    """Numbers in the template are settings of the plan; whatever comes of a measurement stands in braces."""
+    template = (ROOT / "benchmarks" / "study" / "STUDY.md.jinja").read_text(encoding="utf-8")
+    words = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|<!--.*?-->|\]\(.*?\)|`.*?`", " ", template, flags=re.DOTALL)
+    settings = {*"0.43 8 360 95 1e-2 1e-3 3e-3 1 16 12 .5 90 50 1.5 22,000 .1 0".split()}
+    found = set(re.findall(r"(?<![\w.])[−-]?\d*[.,]?\d+(?:e-\d+)?(?![\w])", re.sub(r"\bH[1-6]\b", " ", words)))
+    assert found <= settings
+
+
+def test_the_plan_was_committed_with_its_rules_and_names_every_confirmatory_measure():
+    from rows import CONFIRMATORY, LAYERS
+
+    plan = (ROOT / "benchmarks" / "study" / "PLAN.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in plan for name in CONFIRMATORY)
+    assert len(LAYERS) == 9
+    for number in range(1, 7):
+        section = plan.split(f"**H{number}, ")[1].split("\n\n")[0]
+        assert "upported if" in section and "ontradicted if" in section and "ontrol" in section  # noqa: PT018
+
+
+def test_every_planned_model_has_rows():
+    from rows import ALPHAS, CONFIRMATORY, LAYERS, rows
+
+    stored = rows()
+    cohort = stored.cohort
+    assert set(cohort["base"]) == {0, 1, 2}
+    assert len(cohort) > 100
+    assert len(cohort) + len(stored.missed) == 3 * 38
+    curves = stored.curves
+    assert len(curves) == len(cohort) * len(CONFIRMATORY) * (len(LAYERS) + 1) * len(ALPHAS)
+    assert stored.ends.shape == (len(cohort), 2 * 16 * (len(LAYERS) + 1))
+    assert not stored.ends.isna().to_numpy().any()
+
+
+def test_holm_never_lowers_a_p_value_and_multiplies_the_smallest_by_their_number():
+    from inference import holm
+
+    p = [0.01, 0.04, 0.03, 0.2]
+    found = holm(p)
+    assert found.min() == pytest.approx(0.04)
+    assert all(a >= b for a, b in zip(found, p, strict=True))
+
+
+def test_an_interval_over_bases_covers_the_mean_and_widens_where_bases_differ():
+    import numpy as np
+    from inference import effect
+
+    draw = np.random.default_rng(0)
+    alike = {b: draw.normal(1.0, 0.1, 20) for b in range(3)}
+    apart = {b: alike[b] + shift for b, shift in enumerate((-1.0, 0.0, 1.0))}
+    near, far = effect(alike), effect(apart)
+    assert near.low < near.value < near.high
+    assert far.high - far.low > 5 * (near.high - near.low)
+    assert near.sign == 1
+    assert effect({0: np.ones(3), 1: -np.ones(3), 2: 5 * np.ones(3)}).sign == 0  # bases disagree
+
+
+def test_a_planted_relation_is_found_across_models_and_an_unrelated_one_is_not():
+    import numpy as np
+    from across import Across
+    from rows import MODEL, rows
+
+    stored = rows()
+    raw = Across(stored, "B", held=False)
+    column = ("train", "trace", MODEL)
+    place = raw.columns.index(column)
+    for cohort in raw.cohorts:
+        cohort.predictors[place] = cohort.target  # the OOD error itself
+        cohort.predictors[place - 1] = np.random.default_rng(len(cohort.target)).normal(size=len(cohort.target))
+    everywhere = dict.fromkeys(range(3), raw.tested.index(place))
+    assert raw.effect(column).value == pytest.approx(1.0)
+    assert raw.p(everywhere) < 0.001
+    null = raw.chance[0][raw.tested.index(place)]
+    assert abs(null.mean()) < 0.02  # without covariates chance lies at zero

@@ -55,10 +55,12 @@ def batches(tried: list[Run], images: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def augmented(pixels: Tensor) -> Tensor:
-    """Return (n, 3, 32, 32) images turned by up to 15 degrees, shifted by up to 3 pixels, of other contrast, with noise."""
+    """Return (n, 3, 32, 32) images turned by up to 15 degrees, shifted by up to 3 pixels, with noise."""
     draw = torch.rand(len(pixels), 4, device=pixels.device) * 2 - 1
     angle = draw[:, 0] * math.radians(15)
-    rows = torch.stack([angle.cos(), -angle.sin(), draw[:, 1] * 3 / 16, angle.sin(), angle.cos(), draw[:, 2] * 3 / 16], 1)
+    rows = torch.stack(
+        [angle.cos(), -angle.sin(), draw[:, 1] * 3 / 16, angle.sin(), angle.cos(), draw[:, 2] * 3 / 16], 1
+    )
     grid = F.affine_grid(rows.view(-1, 2, 3), list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     contrast = (0.8 + 0.2 * draw[:, 3])[:, None, None, None]
@@ -164,7 +166,10 @@ def trained(base: Weights, tried: list[Run], pool: dict, train: dict, *, graph: 
     stack = Stack(base, tried, pool)
     device, steps = stack.head.device, max(run.steps + run.probe for run in tried) // shorten
     rendering, image = (t.to(device) for t in batches(tried, len(pool["labels"]), steps))
-    pixels, labels = _as_pixels(torch.from_numpy(train["images"]).to(device)), torch.from_numpy(train["labels"]).to(device)
+    pixels, labels = (
+        _as_pixels(torch.from_numpy(train["images"]).to(device)),
+        torch.from_numpy(train["labels"]).to(device),
+    )
     snaps = [{n: w.clone() for n, w in stack.weights.items()} for _ in TARGETS]
     reached, looks = torch.full((len(TARGETS), len(tried)), -1, device=device), []
     step = captured(stack) if graph else stack.step

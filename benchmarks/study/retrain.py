@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:benchmarks/glyph:benchmarks/study python benchmarks/study/retrain.py bitmaps.npz WORK RESULTS
 
-`bitmaps.npz` is made by ../glyph. WORK holds every piece as it is finished: run again, the same command goes on where it
-was cut. RESULTS gets the rows. On one H200 with 16 cores about ten minutes; repeats in kind, not bit by bit.
+`bitmaps.npz` is made by ../glyph. WORK holds every piece as it is finished: run again, the same command goes on where
+it was cut. RESULTS gets the rows. On one H200 with 16 cores about ten minutes; repeats in kind, not bit by bit.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def tasks(folder: Path) -> list[tuple[str, str]]:
     return [*starts, *((m, what) for m in mixed for what in ("train", "path")), *((m, "heldout") for m in mixed)]
 
 
-def measured(model: str, what: str, folder: Path, device: str) -> pd.DataFrame:
+def measured(model: str, what: str, folder: Path) -> pd.DataFrame:
     """Return the rows of one task."""
     family = torch.load(folder / f"family-{model[1]}.pt")
     sets = torch.load(folder / "measured.pt", weights_only=False)
@@ -39,12 +39,12 @@ def measured(model: str, what: str, folder: Path, device: str) -> pd.DataFrame:
     alphas = {"start": [0.0], "path": INNER}.get(what, [1.0])
     measures = CORE if what in ("start", "path") else (*CORE, *MORE)
     begin = time.perf_counter()
-    rows = scanned(ends, family["head"], sets["id" if what == "heldout" else "train"], alphas, measures, device)
+    rows = scanned(ends, family["head"], sets["id" if what == "heldout" else "train"], alphas, measures)
     name = f"b{model[1]}-start" if what == "start" else model
     return rows.assign(model=name, on="heldout" if what == "heldout" else "train", seconds=time.perf_counter() - begin)
 
 
-def worker(folder: Path, device: str) -> None:
+def worker(folder: Path) -> None:
     """Measure what no other worker has claimed, until all families are there and nothing is left."""
     torch.set_num_threads(1)
     (folder / "rows").mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def worker(folder: Path, device: str) -> None:
                 file.with_suffix(".claim").touch(exist_ok=False)
             except FileExistsError:
                 continue
-            saved(file, measured(model, what, folder, device))
+            saved(file, measured(model, what, folder))
             break
 
 
@@ -91,7 +91,9 @@ def command(options: argparse.Namespace, role: str, *more: str) -> subprocess.Po
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} if role == "worker" else {}
     scale = [f"--{k}={getattr(options, k)}" for k in ("bases", "steps", "batch", "shorten", "every")]
     given = [str(options.archive), str(options.work), str(options.out)]
-    return subprocess.Popen([sys.executable, __file__, *given, *scale, f"--role={role}", *more], env={**os.environ, **quiet})
+    return subprocess.Popen(
+        [sys.executable, __file__, *given, *scale, f"--role={role}", *more], env={**os.environ, **quiet}
+    )
 
 
 def supervised(options: argparse.Namespace) -> None:
@@ -100,23 +102,22 @@ def supervised(options: argparse.Namespace) -> None:
     for claim in options.work.glob("rows/*.claim"):
         if not claim.with_suffix(".csv").exists():
             claim.unlink()  # of a worker that was cut
-    workers = [command(options, "worker", "--device=cpu") for _ in range(options.workers)]
-    for graph in ("--graph", ""):  # should the capture fail, without it
-        train = command(options, "train", *([graph] if graph else []))
-        while train.poll() is None and time.monotonic() < until:
-            time.sleep(0.5)
-        if train.poll() is None or train.returncode == 0:
-            break
-    if train.poll():  # workers would wait for models for ever
-        until = time.monotonic()
-    if train.returncode == 0 and torch.cuda.is_available():
-        workers += [command(options, "worker", "--device=cuda") for _ in range(options.gpu_workers)]
-    while time.monotonic() < until and any(w.poll() is None for w in workers):
+    workers = [command(options, "worker") for _ in range(options.workers)]
+    train = _waited(command(options, "train", "--graph"), until)
+    if train.poll():  # should the capture fail, without it
+        train = _waited(command(options, "train"), until)
+    while not train.poll() and time.monotonic() < until and any(w.poll() is None for w in workers):
         time.sleep(0.5)
     for process in [train, *workers]:
         if process.poll() is None:
             process.kill()
     gathered(options.work, options.out)
+
+
+def _waited(process: subprocess.Popen[bytes], until: float) -> subprocess.Popen[bytes]:
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.5)
+    return process
 
 
 def main() -> None:
@@ -125,16 +126,16 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--role", choices=("all", "train", "worker"), default="all")
     parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=1e9, help="gather what there is after so long")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--gpu-workers", type=int, default=0)
     for name, value in vars(Scale()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
+    if not options.archive.exists():
+        parser.error(f"{options.archive} is not there: make it as benchmarks/glyph/README.md says, up to bitmaps.py")
     options.work.mkdir(parents=True, exist_ok=True)
     if options.role == "worker":
-        worker(options.work, options.device)
+        worker(options.work)
     elif options.role == "train":
         scale = Scale(*(getattr(options, k) for k in vars(Scale())))
         all_trained(options.archive, options.work, scale, options.graph and torch.cuda.is_available())

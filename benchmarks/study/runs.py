@@ -49,7 +49,9 @@ VARIED: tuple[tuple[str, dict], ...] = (
 
 def runs() -> list[Run]:
     """Return the fine-tunes of one base; augmented and SAM runs last, each together."""
-    pool_a = [Run("A", f"rate {rate:g}, {k}", s, rate=rate, renderings=k) for rate in RATES for k in (1, 16) for s in SEEDS]
+    pool_a = [
+        Run("A", f"rate {rate:g}, {k}", s, rate=rate, renderings=k) for rate in RATES for k in (1, 16) for s in SEEDS
+    ]
     pool_b = [replace(Run("B", name, s), **change) for name, change in VARIED for s in SEEDS]
     extra = [Run("C", f"{method} 3e-3", s, method=method, rate=3e-3) for method in ("L2-SP", "SPD") for s in SEEDS]
     return sorted([*pool_a, *pool_b, *extra], key=lambda run: (run.augmented, run.method == "SAM"))

@@ -20,7 +20,7 @@ Sets = dict[str, dict[str, np.ndarray]]
 
 
 def image_sets(archive: Path) -> Sets:
-    """Return set -> images (n, 32, 32, 3), labels, faces; `pool` has its renderings as a first axis, `train` is of it."""
+    """Return set -> images (n, 32, 32, 3), labels, faces; `pool` has its renderings as first axis, `train` is of it."""
     coverage, faces = face_list(archive)
     drawn, generator = fonts(coverage), torch.Generator().manual_seed(SEED)
     made = {name: test_set(drawn, faces, *DRAWN[name], generator) for name in DRAWN}

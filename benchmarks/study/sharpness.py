@@ -72,13 +72,17 @@ def loader(part: dict[str, np.ndarray]) -> list[tuple[Tensor, Tensor]]:
 
 
 def scanned(
-    ends: tuple[Weights, Weights], head: Tensor, data: dict, alphas: list[float], measures: tuple[Measure, ...], device: str
+    ends: tuple[Weights, Weights],
+    head: Tensor,
+    data: dict,
+    alphas: list[float],
+    measures: tuple[Measure, ...],
 ) -> pd.DataFrame:
     """Return curvature rows of the path between two towers on a set."""
     few = {key: data[key][:GROUP] for key in ("images", "labels")}
     found = ss.scan(
-        *(Classifier(end, head) for end in ends), loader(few), sharpness_on=loader(data), alphas=alphas, measures=measures,
-        limit=IMAGES, batch_size=GROUP, interventions=False, device=device, progress=False,
+        *(Classifier(end, head) for end in ends), loader(few), sharpness_on=loader(data), alphas=alphas,
+        measures=measures, limit=IMAGES, batch_size=GROUP, interventions=False, device="cpu", progress=False,
     )  # fmt: skip
     rows = found.layers.drop(columns="split")
     return rows.assign(layer=rows["layer"].str.removeprefix("visual."))

@@ -1,4 +1,4 @@
-"""The GPU's part: pre-train the bases, fine-tune their families, judge every point; each result is a file, written once."""
+"""The GPU's part: pre-train bases, fine-tune families, judge every point; each result is a file, written once."""
 
 import json
 import time
@@ -51,8 +51,10 @@ def base_weights(archive: FilePath, number: int, scale: Scale, folder: FilePath)
         torch.set_float32_matmul_precision("high")
         coverage, faces = face_list(archive)
         recipe, log = Recipe(scale.steps, scale.batch, seed=1000 + 10 * number), []
-        for done, loss, seconds, weights in pretrained(coverage, own_faces(faces, number), recipe, device, every=1500):
+        weights: Weights = {}
+        for done, loss, seconds, now in pretrained(coverage, own_faces(faces, number), recipe, device, every=1500):
             log.append({"base": number, "step": done, "loss": loss, "seconds": round(seconds, 1)})
+            weights = now
         torch.set_float32_matmul_precision("highest")
         rounded = {n: w.half().float().cpu() for n, w in weights.items()}
         saved(file, {"weights": rounded, "head": zero_shot_head(rounded), "log": log})
@@ -83,36 +85,39 @@ def fine_tuned(base: Weights, number: int, sets: Sets, scale: Scale, folder: Fil
     """Fine-tune a base's family; write its models, their facts, SPD's activity, and the paths' accuracies."""
     tried = runs()[:: scale.every]
     family = trained(base, tried, sets["pool"], sets["train"], graph=graph, shorten=scale.shorten)
-    start, judge = {n: w.detach() for n, w in image_weights(base).items()}, Judge(sets, torch.load(folder / f"base-{number}.pt")["head"].to(base["logit_scale"].device))
-    facts, paths, free = [], [], []
+    start, head = {n: w.detach() for n, w in image_weights(base).items()}, zero_shot_head(base).detach()
+    judge, facts, paths, free, models = Judge(sets, head), [], [], [], {}
     for name, run, tower, steps, loss in taken(family, tried, number):
-        there = {n: w.to(judge.head.device) for n, w in tower.items()}
+        line = Line(start, {n: w.to(head.device) for n, w in tower.items()})
         finite = all(bool(w.isfinite().all()) for w in tower.values())
         row = {"model": name, "base": number, **run.facts, "steps_done": steps, "target": family.target, "loss": loss}
-        line = Line(start, there)
-        facts.append(row | {"finite": finite} | {f"distance {k.removeprefix('visual.')}": v for k, v in line.distances().items()})
+        distances = {f"distance {layer.removeprefix('visual.')}": d for layer, d in line.distances().items()}
+        facts.append({**row, "finite": finite, **distances})
         if finite and steps > 0:
             more, estimates = judge.path_rows(name, line)
             paths += more
             free += estimates
+            if run.pool != "C" and not name.endswith("-end"):
+                models[name] = tower
     saved(folder / f"paths-{number}.csv", pd.DataFrame(paths, columns=list(PATH_COLUMNS)))
     saved(folder / f"labelfree-{number}.csv", pd.DataFrame(free, columns=list(FREE_COLUMNS)))
     saved(folder / f"activity-{number}.csv", activity(family, tried, number))
     saved(folder / f"models-{number}.csv", pd.DataFrame(facts))
-    models = {name: tower for (name, run, tower, steps, _), f in zip(taken(family, tried, number), facts, strict=True)
-              if f["finite"] and steps > 0 and run.pool != "C" and not name.endswith("-end")}  # fmt: skip
     (folder / "models").mkdir(exist_ok=True)
     for name, tower in models.items():
         saved(folder / "models" / f"{name}.pt", tower)
-    saved(folder / f"family-{number}.pt", {"start": {n: w.cpu() for n, w in start.items()}, "head": judge.head.cpu(), "models": list(models)})
+    ends = {"start": {n: w.cpu() for n, w in start.items()}, "head": head.cpu(), "models": list(models)}
+    saved(folder / f"family-{number}.pt", ends)
 
 
 def activity(family: Family, tried: list[Run], base: int) -> pd.DataFrame:
     """Return SPD's decisions, tensor by tensor."""
     rows = [
         (named(base, i), tensor, family.end[tensor][i].numel(), *map(float, shares[:, i]))
-        for i, run in enumerate(tried) if run.method == "SPD" for tensor, shares in family.activity.items()
-    ]  # fmt: skip
+        for i, run in enumerate(tried)
+        if run.method == "SPD"
+        for tensor, shares in family.activity.items()
+    ]
     return pd.DataFrame(rows, columns=["model", "tensor", "size", "gated", "active"])
 
 
@@ -149,7 +154,9 @@ def all_trained(archive: FilePath, folder: FilePath, scale: Scale, graph: bool) 
             fine_tuned(base, number, sets, scale, folder, graph)
             frame = pd.read_csv(folder / f"paths-{number}.csv")
             table = frame[frame["set"].isin(OOD)].groupby("alpha")[["a", "b"]].mean().mean(axis=1)
-            print("family", number, round(time.perf_counter() - begin, 1), table.round(1).tolist(), len(SETS), flush=True)
+            print(
+                "family", number, round(time.perf_counter() - begin, 1), table.round(1).tolist(), len(SETS), flush=True
+            )
     (folder / "points").mkdir(exist_ok=True)
     for number in range(scale.bases):
         judged(number, sets, folder)

@@ -1,7 +1,7 @@
 """AdamW, L2-SP, SPD and probing first, for a stack of runs at once: every tensor has a leading run dimension.
 
-The rules are those of `sharpscope.optim` (tests/test_study.py compares them step by step). All that changes from step to
-step is read from tensors, so that a CUDA graph may hold the step.
+The rules are those of `sharpscope.optim` (tests/test_study.py compares them step by step). All that changes from step
+to step is read from tensors, so that a CUDA graph may hold the step.
 """
 
 import torch
