@@ -47,7 +47,7 @@ def family(rows: Rows) -> Figure:
 def models(rows: Rows) -> Figure:
     """Global trace on training images against OOD error at alpha 1."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for ax, (pool, name) in zip(figure.subplots(1, 2, sharey=True), POOLS.items(), strict=True):
+    for ax, (pool, name) in zip(figure.subplots(1, 2, sharex=True, sharey=True), POOLS.items(), strict=True):
         for base in rows.bases:
             names = rows.members(pool, base)
             facts = rows.cohort.loc[names]
@@ -79,7 +79,7 @@ def taus(found: dict[str, Any]) -> Figure:
     left.plot([r["held_chance"] for r in table], np.arange(len(table)) + 0.12, "|", color=INK, ms=10)
     right.plot([r["chance"] for r in layers], np.arange(len(layers)) - 0.12, "|", color=INK, ms=10)
     left.set_title("H1, global: blue raw, orange held", fontsize=8.5)
-    right.set_title("H2, held: green best layer, orange global", fontsize=8.5)
+    right.set_title("H2, held: green layer, orange global", fontsize=8.5)
     return figure
 
 
@@ -93,7 +93,7 @@ def variants(found: dict[str, Any]) -> Figure:
             effects = {row["measure"]: row[f"{pool} raw"] for row in table if row["on"] == on}
             forest(ax, [(n, effects[n]) for n in names], "tau of global sharpness with OOD error", color, shift, mark)
         ax.set_title(f"Pool {name}")
-    figure.axes[0].set_title(f"Pool {POOLS['A']}; blue training, orange held-out", fontsize=8.5)
+    figure.suptitle("blue: on training images, orange: on held-out ID images", fontsize=8.5, color=MUTED)
     return figure
 
 
