@@ -6,15 +6,28 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from optional import needs
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 for folder in ("glyph", "study"):
     sys.path.insert(0, str(ROOT / "benchmarks" / folder))
 
+needs("transformers")
+from captions import CLASSES  # noqa: E402
+from finetune import zero_shot_head  # noqa: E402
+from points import Line, Place  # noqa: E402
+from rows import LAYERS, MODEL  # noqa: E402
+from sets import own_faces  # noqa: E402
+from sharpness import CORE, Classifier, scanned  # noqa: E402
+from tower import image_weights  # noqa: E402
 from updates import CLIP, HEAD, StackedUpdate  # noqa: E402
 
+import sharpscope as ss  # noqa: E402
+from sharpscope.demo import ASSETS  # noqa: E402
 from sharpscope.optim import AdamL2SP, AdamSPD  # noqa: E402
 
 NAMES = {HEAD: (3, 4), "vision_model.bias": (4,), "vision_model.weight": (5, 4)}
@@ -86,6 +99,53 @@ def test_a_probing_run_moves_its_head_alone_and_starts_the_rest_afresh():
     torch.testing.assert_close(first.abs(), torch.full_like(first, RATE), rtol=1e-3, atol=0.0)
 
 
+@pytest.fixture(scope="module")
+def base() -> dict[str, torch.Tensor]:
+    found = load_file(ASSETS / "base" / "model.safetensors")
+    return {n: w.float() for n, w in found.items() if w.is_floating_point()}
+
+
+def test_the_classifier_of_the_study_is_the_clip_that_sharpscope_loads(base):
+    templates = (ASSETS / "templates.txt").read_text().splitlines()
+    loaded = ss.load(ASSETS / "base", templates=templates).classifier(CLASSES)
+    own = Classifier(image_weights(base), zero_shot_head(base))
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(own(pixels), loaded(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scan_of_the_study_has_a_row_for_every_layer_and_the_model(base):
+    start = image_weights(base)
+    end = {n: w + 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) for n, w in start.items()}
+    draw = np.random.default_rng(0)
+    data = {"images": draw.integers(0, 255, (36, 32, 32, 3), dtype=np.uint8), "labels": np.arange(36)}
+    rows = scanned((start, end), zero_shot_head(base), data, [0.0, 1.0], (CORE[1],))
+    assert set(rows["layer"]) == {*LAYERS, MODEL}
+    assert (rows["value"] > 0).all()
+    assert len(rows) == 2 * 10
+
+
+def test_a_layer_sparsified_wholly_or_reset_is_at_zero_shot_and_a_random_move_is_as_long(base):
+    start = image_weights(base)
+    end = {n: w + 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) for n, w in start.items()}
+    places = {place: w for place, w in Line(start, end).places() if place.alpha == 1.0 and place.layer == "visual.norm"}
+    name = "vision_model.post_layernorm.weight"
+    torch.testing.assert_close(places[Place("layer", "visual.norm", 1.0, 0.0)][name], start[name])
+    shares = (places[Place("sparse", "visual.norm", 1.0, 0.9)][name] == start[name]).float().mean()
+    assert 0.7 < float(shares) < 1
+    own = [n for n in start if "post_layernorm" in n]
+    moved = places[Place("random", "visual.norm", 1.0, 0.0)]
+    far = sum((moved[n] - end[n]).square().sum() for n in own)
+    assert float(far) == pytest.approx(float(sum((start[n] - end[n]).square().sum() for n in own)), rel=1e-4)
+
+
+def test_bases_have_no_face_in_common_and_none_of_test_or_fine_tuning():
+    faces = [{"split": s, "style": "serif", "design": i // 2} for i, s in enumerate(["pretrain"] * 30 + ["test"] * 6)]
+    thirds = [[i for i, f in enumerate(own_faces(faces, b)) if f["split"] == "pretrain"] for b in range(3)]
+    assert sorted(i for third in thirds for i in third) == list(range(30))
+    assert min(map(len, thirds)) >= 8
+
+
 @pytest.mark.slow
 def test_the_committed_write_up_is_what_the_stored_rows_say():
     from rows import rows
@@ -140,7 +200,6 @@ def test_holm_never_lowers_a_p_value_and_multiplies_the_smallest_by_their_number
 
 
 def test_an_interval_over_bases_covers_the_mean_and_widens_where_bases_differ():
-    import numpy as np
     from inference import effect
 
     draw = np.random.default_rng(0)
@@ -154,7 +213,6 @@ def test_an_interval_over_bases_covers_the_mean_and_widens_where_bases_differ():
 
 
 def test_a_planted_relation_is_found_across_models_and_an_unrelated_one_is_not():
-    import numpy as np
     from across import Across
     from rows import MODEL, rows
 

@@ -22,46 +22,33 @@ def _mean(values: pd.Series) -> tuple[float, float, float]:
 
 
 def failures(folder: Path = RESULTS) -> dict[str, Any]:
-    """Return, over failed paths, sparsified less shrunk straggler and what each does to the mix, on half B."""
-    paths, points, traces = (
-        pd.read_csv(folder / f"supplement-{name}.csv.gz") for name in ("paths", "points", "traces")
-    )
+    """Return, over failed paths, sparsified less shrunk straggler and what each does to the mix; empty without rows."""
+    files = {name: folder / f"supplement-{name}.csv.gz" for name in ("paths", "points", "traces")}
+    if not all(file.exists() for file in files.values()):
+        return {}
+    paths, points, traces = (pd.read_csv(file) for file in files.values())
     ood = paths.set_index(["model", "alpha"])
-    at = points.assign(layer=points["layer"].str.removeprefix("visual.")).set_index(
-        ["model", "kind", "layer", "amount"]
-    )["ood_b"]
-    table = []
-    for model, part in traces.groupby("model"):
-        wide = part.pivot_table(index="layer", columns="alpha", values="value").loc[list(LAYERS)]
-        taus = association(wide.to_numpy(), -ood.loc[model]["ood_a"].to_numpy()[None])[:, 0]
-        own, base = LAYERS[int(taus.argmax())], ood.at[(model, MIX), "ood_b"]
-        gaps = {layer: at[model, "sparse", layer, 0.9] - at[model, "layer", layer, 0.1] for layer in LAYERS}
-        resets = {layer: at[model, "layer", layer, 0.0] - base for layer in LAYERS}
-        best = max(resets, key=lambda layer: resets[layer])
-        table.append(
-            {
-                "model": model,
-                "layer": own,
-                "tau": taus.max(),
-                "gap": gaps[own],
-                "any": float(np.mean(list(gaps.values()))),
-                "sparse": at[model, "sparse", own, 0.9] - base,
-                "shrunk": at[model, "layer", own, 0.1] - base,
-                "zeroed": at[model, "zeroed", own, 0.5] - base,
-                "reset": resets[own],
-                "best": best,
-                "best_reset": resets[best],
-                "missing": ood.at[(model, 0.0), "ood_b"] - base,
-            }
-        )
-    frame = pd.DataFrame(table)
-    means = {
-        name: _mean(frame[name])
-        for name in ("gap", "any", "sparse", "shrunk", "zeroed", "reset", "best_reset", "missing")
-    }
+    points["layer"] = points["layer"].str.removeprefix("visual.")
+    at = points.set_index(["model", "kind", "layer", "amount"])["ood_b"]
+    failed = {str(model): part for model, part in traces.groupby("model")}
+    frame = pd.DataFrame([_changes(at.loc[m], ood.loc[m], part) for m, part in failed.items()])
+    means = {name: _mean(frame[name]) for name in frame.columns.drop("layer")}
+    layers = frame["layer"].value_counts().to_dict()
+    return {"n": len(frame), "tried": paths["model"].nunique(), "means": means, "layers": layers}
+
+
+def _changes(at: pd.Series, ood: pd.DataFrame, trace: pd.DataFrame) -> dict[str, Any]:
+    """Return points of half B's OOD accuracy at alpha .5 that a change of the path's straggler makes."""
+    wide = trace.pivot_table(index="layer", columns="alpha", values="value").loc[list(LAYERS)]
+    own = LAYERS[int(association(wide.to_numpy(), -ood["ood_a"].to_numpy()[None])[:, 0].argmax())]
+    base = float(ood.at[MIX, "ood_b"])
+    gaps = {layer: at["sparse", layer, 0.9] - at["layer", layer, 0.1] for layer in LAYERS}
     return {
-        "n": len(frame),
-        "tried": paths["model"].nunique(),
-        "means": means,
-        "layers": frame["layer"].value_counts().to_dict(),
+        "layer": own,
+        "gap": gaps[own],
+        "any": float(np.mean(list(gaps.values()))),
+        "sparse": at["sparse", own, 0.9] - base,
+        "reset": at["layer", own, 0.0] - base,
+        "best_reset": max(at["layer", layer, 0.0] for layer in LAYERS) - base,
+        "missing": float(ood.at[0.0, "ood_b"]) - base,
     }
