@@ -27,6 +27,7 @@ ROOMS = [
     ["measures", "memory"],
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
+    ["pairs"],
     ["plan"],
     ["backoff"],
     ["moves", "trials", "intervention", "search"],

@@ -16,7 +16,7 @@ from sharpscope.models.library import plain
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sharpscope.models.classifier import ImageFeatures
+    from sharpscope.models.classifier import ImageFeatures, TextFeatures
 
 # What changes the function without changing a shape comes first; two of these load silently into each other.
 _TOWER = (
@@ -51,6 +51,12 @@ def _projected(towers: Any, images: Tensor) -> Tensor:
 
 def _pooled(towers: Any, images: Tensor) -> Tensor:
     features: Tensor = towers.vision_model(images).pooler_output
+    return features
+
+
+def _texts(clip: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    found = clip.get_text_features(**tokens)
+    features: Tensor = getattr(found, "pooler_output", found)  # an object since transformers 5, a tensor before
     return features
 
 
@@ -94,11 +100,10 @@ class TransformersClip:
             return {"input_ids": found["input_ids"]}
         return _token_ids(self.tokenizer, texts, longest, padding="longest")
 
-    def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return text features (n, width), not normalised."""
-        found = self.network.get_text_features(**tokens)
-        features: Tensor = getattr(found, "pooler_output", found)  # an object since transformers 5, a tensor before
-        return features
+    @property
+    def text_features(self) -> TextFeatures:
+        """See :class:`sharpscope.models.library.ClipLibrary`."""
+        return _texts
 
     def preprocess(self, image: Image) -> Tensor:
         """Return the image as the model takes it, (3, height, width) float32."""

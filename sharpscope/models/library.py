@@ -10,7 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sharpscope.models.classifier import ImageFeatures
+    from sharpscope.models.classifier import ImageFeatures, TextFeatures
 
 
 class ClipLibrary(Protocol):
@@ -46,8 +46,9 @@ class ClipLibrary(Protocol):
         """Return what the text tower takes; ``UsageError`` if a text is too long or not in the vocabulary."""
         ...
 
-    def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return text features (n, width), not normalised."""
+    @property
+    def text_features(self) -> TextFeatures:
+        """A function of a CLIP of this library and tokens: text features (n, width), not normalised."""
         ...
 
     def preprocess(self, image: Image) -> Tensor:
