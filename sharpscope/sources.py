@@ -37,6 +37,7 @@ def images(
     batch_size: int = 64,
     max_unreadable: float = UNREADABLE,
     progress: bool | None = None,
+    captions: bool = False,
 ) -> Split:
     """Return labelled images as a split, preprocessed as the model wants them.
 
@@ -65,13 +66,17 @@ def images(
         Share of the images that may be left out because they cannot be decoded.
     progress
         False: no bar while a long reading goes on.
+    captions
+        Take the images' captions, too, for ``objective="contrastive"``: ``key.txt`` of a webdataset, the column
+        ``caption`` or ``text`` of a data set. Labels may then be absent, if only sharpness is measured on these data.
+        Loaders give them as they are, as lists of texts in mappings.
 
     Raises
     ------
     UsageError, DataError
         See :func:`sharpscope.folder`; naming what cannot be measured on and the way out.
     """
-    choice = Choice(classes, subset, limit, seed, batch_size, max_unreadable, progress)
+    choice = Choice(classes, subset, limit, seed, batch_size, max_unreadable, progress, captions)
     return _read(source, model, name, classnames, choice)
 
 
@@ -80,12 +85,15 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         title = name or source.rpartition(":")[2]
         return _read(factory.made(source, model), model, title, classnames, choice)
     if isinstance(source, str) and source.startswith(WEBDATASET):
-        return webdataset_collection(source.removeprefix(WEBDATASET), name, classnames).split(model, choice)
+        place = source.removeprefix(WEBDATASET)
+        return webdataset_collection(place, name, classnames, captions=choice.captions).split(model, choice)
     if isinstance(source, str | Path):
+        if choice.captions:
+            raise UsageError(f"{source} is a folder of images, which have no captions", "captions=False: class prompts")
         subset = choice.subset and choice.classes is not None
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):
-        return table_collection(source, name, classnames).split(model, choice)
+        return table_collection(source, name, classnames, captions=choice.captions).split(model, choice)
     return _loader(source, name or getattr(source, "name", None) or "data", choice)
 
 
