@@ -168,7 +168,8 @@ class Job:
             ],
             "precision": plan.precision,
             "chains": plan.chains,
-            "objective": [plan.objective, self.texts],
+            # Absent from scans before there was a choice, which resume.
+            **({} if plan.objective == "image" else {"objective": [plan.objective, self.texts]}),
         }
 
     def describe(self, plan: Plan, done: int) -> str:

@@ -61,7 +61,7 @@ def table_collection(
     image = _image_column(title, dataset)
     label = None if captions and not _labels(dataset) else _label_column(title, dataset)
     rows = _rows(dataset, title, image)
-    texts = _captions(title, dataset, rows) if captions else None
+    texts = _captions(title, dataset, rows) if captions else [None] * len(rows)
     words: dict[str, str] = {}
     if label is None:
         keys = [UNLABELLED] * len(rows)
@@ -70,8 +70,7 @@ def table_collection(
         words = _words(title, dataset.features[label], values, classnames)
         keys = _keys(title, values, words)
     pictures = [
-        Picture(f"{title} row {i}", key, partial(_cell, rows, i, image), texts and texts[i])
-        for i, key in enumerate(keys)
+        Picture(f"{title} row {i}", key, partial(_cell, rows, i, image), texts[i]) for i, key in enumerate(keys)
     ]
     if not pictures:
         raise DataError(f"{title!r} gave no example", "a data set with rows")
@@ -98,7 +97,7 @@ def _column(rows: Any, name: str) -> list[Any]:
     return [*rows[name]] if hasattr(rows, "features") else [row[name] for row in rows]
 
 
-def _captions(title: str, dataset: Any, rows: Any) -> list[str]:
+def _captions(title: str, dataset: Any, rows: Any) -> list[str | None]:
     """Return a caption for each row."""
     found = [key for key in CAPTION_KEYS if key in dataset.features]
     column = _only(title, dataset.features, found, "caption", CAPTION_KEYS)
