@@ -50,7 +50,7 @@ def check_scan(saved: Saved) -> None:
 
 
 def check_two_towers(saved: Saved) -> None:
-    """With both towers the logits are the library's own at a mix of all weights, and every text layer is measured."""
+    """With both towers the logits are the library's own, and every text layer is measured."""
     start, end = load_pair(saved.zero_shot, saved.fine_tuned)
     data = Split([(pixels(saved.side, 6), torch.arange(6) % 3)], "id", classes=CLASSES)
     if saved.own_head:
