@@ -151,6 +151,9 @@ def webdataset_collection(
     title = name or _title(found.shards[0])
     samples = {shard: read_shard(shard, captions=captions) for shard in found.shards}
     _check_distinct(samples)
+    empty = [shard for shard, members in samples.items() if not members]
+    if empty and len(empty) < len(samples):
+        raise DataError(f"{empty[0]} holds no sample, other shards do", "copy it anew, or remove it from all shards")
     labelled = any(sample.label is not None for members in samples.values() for sample in members) or not captions
     words = label_words(found, classnames) if labelled else {}
     pictures = [

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["storage", "journal", "calibration"],
+    ["storage", "journal", "documents", "calibration"],
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
