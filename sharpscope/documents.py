@@ -35,9 +35,7 @@ def write_documents(texts: Mapping[Path, str]) -> None:
         for folder in reversed(made):
             with suppress(OSError):
                 folder.rmdir()
-        raise UsageError(
-            f"{error.filename or place} cannot be written: {error.strerror}", "name another file"
-        ) from error
+        raise UsageError(f"{place} cannot be written: {error.strerror}", "name another file") from error
 
 
 def _made(folder: Path) -> list[Path]:
