@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from sharpscope.data import Split, stratified
@@ -86,14 +87,16 @@ def pair_batches(
         )
     texts = split.captions or _prompts(split, towers, seed)
     chosen = chosen[:whole]
-    batches = []
-    for number, (images, targets) in enumerate(split.batches_of(chosen, batch_size)):
-        own = [texts[place] for place in chosen[number * batch_size : (number + 1) * batch_size]]
-        batches.append(Batch({IMAGE: images, **towers.tokens(own)}, targets))
+    tokens = towers.tokens([texts[place] for place in chosen])  # all at once: batches of one shape
+    pieces = {name: torch.split(some, batch_size) for name, some in tokens.items()}
+    batches = tuple(
+        Batch({IMAGE: images, **{name: parts[number] for name, parts in pieces.items()}}, targets)
+        for number, (images, targets) in enumerate(split.batches_of(chosen, batch_size))
+    )
     kind = "their captions" if split.captions else f"prompts of their classes, {len(towers.prompts[0])} templates"
     spare = min(len(split), limit or len(split)) - whole
     left = f"; {spare} images that fill no batch are left out" if spare else ""
-    return tuple(batches), [
+    return batches, [
         f"sharpness is that of {paired_loss(towers).__name__.replace('_', ' ')} loss over {len(batches)} batches of "
         f"{batch_size} pairs, images with {kind}; the batch size is part of this loss{left}"
     ]

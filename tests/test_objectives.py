@@ -210,7 +210,7 @@ def test_a_contrastive_batch_is_never_cut():
 
 
 def test_the_head_follows_the_text_tower_written_to_in_place_or_exchanged():
-    module, images = towers(small("CLIP")), pixels(2)
+    module, images = towers(small("CLIP")).requires_grad_(False), pixels(2)
     with torch.no_grad():
         before = module(images)
         assert torch.equal(module(images), before)
@@ -219,6 +219,17 @@ def test_the_head_follows_the_text_tower_written_to_in_place_or_exchanged():
         changed = {"text_projection.weight": -module.text_projection.weight}
         torch.testing.assert_close(functional_call(module, changed, (images,)), before)
         torch.testing.assert_close(module(images), -before)
+
+
+@pytest.mark.parametrize(("differentiated", "encodings"), [(False, 1), (True, 3)])
+def test_without_gradients_class_texts_are_encoded_once_for_all_batches(differentiated, encodings):
+    library, images, calls = small("CLIP"), pixels(2), []
+    module = towers(library).requires_grad_(differentiated)
+    module.text_model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for _ in range(3):
+            module(images)
+    assert len(calls) == encodings
 
 
 # --- a scan of models as they lie on disk

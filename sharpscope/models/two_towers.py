@@ -100,9 +100,10 @@ class TwoTowers(nn.Module):
 
     def _head(self) -> Tensor:
         """Return one unit vector per class."""
-        if torch.is_grad_enabled():
-            return self._made_head()
         now: list[Tensor] = [t for name, t in self.named_parameters() if name.partition(".")[0] not in self._image_side]
+        # Tensors that are differentiated may be written to where autograd does not see it.
+        if torch.is_grad_enabled() or any(tensor.requires_grad for tensor in now):
+            return self._made_head()
         if self._known is None or not _are(self._known[0], now):
             self._known = ([(weakref.ref(t), t._version) for t in now], self._made_head())
         return self._known[1]
