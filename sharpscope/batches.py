@@ -71,6 +71,8 @@ def as_batch(item: Any, name: str, index: int) -> Batch:
     """
     where = f"batch {index} of {name!r}"
     inputs, targets = _pair(item, where)
+    if isinstance(inputs, Mapping):  # what a processor of transformers returns
+        inputs = next((inputs[key] for key in IMAGE_KEYS if key in inputs), inputs)
     x, y = _tensor(inputs, "images", where), _tensor(targets, "labels", where)
     if fault := _label_fault(y):
         raise DataError(f"{where} has targets {tuple(y.shape)} {y.dtype}, {fault[0]}", fault[1])
@@ -101,7 +103,8 @@ def _tensor(values: Any, what: str, where: str) -> Tensor:
     try:
         if isinstance(first, Image):  # it would make a tensor, of raw pixels
             raise TypeError
-        return torch.as_tensor(values)
+        whole = isinstance(values, list | tuple) and isinstance(first, Tensor) and first.ndim > 0
+        return torch.stack(list(values)) if whole else torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{where} has {what} of type {type(first).__name__}, which make no tensor",

@@ -248,6 +248,13 @@ def _modules(
     models: tuple[Any, Any], classes: Sequence[str] | None, objective: Towers
 ) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
     """Return two classifiers, their names and notes: the modules, or made of what :func:`sharpscope.load` returned."""
+    loaded = [hasattr(model, "preprocess") and not isinstance(model, nn.Module) for model in models]
+    if any(loaded) and not all(loaded):
+        other = models[loaded.index(False)]
+        raise ModelError(
+            f"{ROLES[loaded.index(True)]} was loaded, {ROLES[loaded.index(False)]} is a {type(other).__name__}",
+            "sharpscope.load(REF) for both, or two modules whose forward gives logits",
+        )
     if any(isinstance(model, nn.Module) for model in models) or not all(hasattr(m, "preprocess") for m in models):
         if objective != "image":
             raise UsageError(

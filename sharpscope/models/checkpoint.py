@@ -78,7 +78,11 @@ def read_config(where: str) -> dict[str, Any]:
         except UNREADABLE as error:
             raise _unreachable(where, error) from error
     if not found:
-        raise ModelError(f"{where} has no config.json", SHARED_FILES)
+        below = sorted(file.parent for file in Path(where).glob("*/config.json"))  # runs of a Trainer
+        raise ModelError(
+            f"{where} has no config.json" + (f", {len(below)} directories in it have" if below else ""),
+            f"one of them: {below[-1]}" if below else SHARED_FILES,
+        )
     return found
 
 

@@ -91,7 +91,12 @@ class ImageClassifier(nn.Module):
 
 
 def check_pixels(pixel_values: Tensor, size: tuple[int, int]) -> None:
-    """Raise ``DataError`` unless these are images (n, 3, height, width) of the model's size."""
+    """Raise ``DataError`` unless these are preprocessed images (n, 3, height, width) of the model's size."""
+    if not pixel_values.is_floating_point():
+        raise DataError(
+            f"the images are {pixel_values.dtype}, not scaled and normalised as the model takes them",
+            "sharpscope.folder(path, model), sharpscope.images(dataset, model), or model.preprocess on each picture",
+        )
     if pixel_values.shape[1:] != (3, *size):
         raise DataError(
             f"the images are {tuple(pixel_values.shape[1:])}, the model takes {(3, *size)}",
