@@ -176,6 +176,7 @@ class Job:
         """Return the plan in one line."""
         resumed = f", {done} cells are there already" if done else ""
         names = ", ".join(plan.settings) or "accuracy only"
+        names += {"image": "", "both": " of both towers", "contrastive": " of contrastive batches"}[plan.objective]
         place = str(self.device)
         if self.ranks.size > 1:
             place = f"{self.ranks.size} x {self.device.type}, sharing {self.parallel}"

@@ -12,6 +12,7 @@ from sharpscope.collection import Choice
 from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.folders import image_folder
+from sharpscope.items import is_items, item_collection
 from sharpscope.pictures import UNREADABLE
 from sharpscope.rows import is_table, table_collection
 from sharpscope.webdataset import webdataset_collection
@@ -46,7 +47,8 @@ def images(
     source
         A directory with a folder per class; ``wds:DIR`` or ``wds:PATTERN``, tar archives in the layout of
         CLIP_benchmark; ``py:pkg.mod:factory``, a function that is given the model if it takes one, and returns any of
-        these or a loader; a ``datasets`` object; any loader of ready batches.
+        these or a loader; a ``datasets`` object; a data set of (PIL image, class number) with ``classes``, as those of
+        torchvision are; any loader of ready batches.
     model
         What :func:`sharpscope.load` returned, or any callable from a PIL image to a tensor. Not used for loaders.
     name
@@ -94,6 +96,8 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):
         return table_collection(source, name, classnames, captions=choice.captions).split(model, choice)
+    if is_items(source):
+        return item_collection(source, name, classnames).split(model, choice)
     return _loader(source, name or getattr(source, "name", None) or "data", choice)
 
 

@@ -26,7 +26,7 @@ ROOMS = [
     ["perturbation", "evaluate"],
     ["measures", "memory"],
     ["models", "optim"],
-    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
+    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "items", "sources", "finetune", "merging"],
     ["pairs"],
     ["plan"],
     ["backoff"],

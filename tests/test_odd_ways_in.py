@@ -78,7 +78,7 @@ def test_numpys_numbers_are_passed_over_not_made(tmp_path, model, monkeypatch):
         (None, "a NoneType is no reference to a model"),
         (
             clips.network,
-            "a function is no reference to a model\n  fix: .*; a module whose forward gives logits goes to",
+            "a function is no reference to a model\n  fix: .*; a module whose forward gives",
         ),
         ("ViT-B/32", "'ViT-B/32' is OpenAI's name of a CLIP\n  fix: oc:ViT-B-32/openai"),
         ("RN50x4", "is OpenAI's name of a CLIP\n  fix: oc:RN50x4/openai"),
