@@ -24,22 +24,24 @@ _OBJECTIVES = ("image", "both", "contrastive")
 
 
 class Differentiated(NamedTuple):
-    """A loss and its batches, what a result must say of them, and a hash of texts, "" without."""
+    """A loss and its batches, what a result must say of them, and a hash of their texts, "" without."""
 
     loss: Loss
     batches: tuple[Batch, ...]
     notes: list[str]
-    texts: str = ""
+    texts: str
 
 
-def differentiated(module: nn.Module, split: Split, plan: Plan) -> Differentiated:
-    """Return the loss and the batches that the plan's objective is made of."""
-    if plan.objective != "contrastive":
-        return Differentiated(plan.loss, split.sample(plan.limit, plan.seed, plan.batch_size), [])
-    assert isinstance(module, TwoTowers)
-    batches, notes = pair_batches(split, module, plan.limit, plan.seed, plan.batch_size)
-    tokens = {f"{i} {name}": t for i, b in enumerate(batches) for name, t in b.inputs.items() if name != IMAGE}
-    return Differentiated(paired_loss(module), batches, notes, fingerprint(tokens))
+def differentiated(module: nn.Module, split: Split, plan: Plan, device: torch.device) -> Differentiated:
+    """Return the loss of the plan's objective, and batches of the data on the device."""
+    loss, notes, texts = plan.loss, list[str](), ""
+    if isinstance(module, TwoTowers) and plan.objective == "contrastive":
+        loss = paired_loss(module)
+        batches, notes = pair_batches(split, module, plan.limit, plan.seed, plan.batch_size)
+        texts = fingerprint({f"{i} {k}": t for i, b in enumerate(batches) for k, t in b.inputs.items() if k != IMAGE})
+    else:
+        batches = split.sample(plan.limit, plan.seed, plan.batch_size)
+    return Differentiated(loss, tuple(batch.to(device) for batch in batches), notes, texts)
 
 
 def check_objective(objective: Towers, loss: str, smoothing: float, measures: Sequence[Any], batch_size: int) -> None:

@@ -321,14 +321,8 @@ def prepare(
         partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
         for names in (parameters, list(path.start))
     )
-    loss, batches, said, texts = differentiated(module, curvature, plan)
-    notes += said
-    objective = Objective(
-        networks[0].forward,
-        loss,
-        tuple(batch.to(place) for batch in batches),
-        ranks=ranks if parallel == "data" else ALONE,
-    )
+    loss, batches, said, texts = differentiated(module, curvature, plan, place)
+    objective = Objective(networks[0].forward, loss, batches, ranks=ranks if parallel == "data" else ALONE)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
     layers = _touched(objective, {**constants, **path.start}, everything, labelled)
     return Job(
@@ -346,7 +340,7 @@ def prepare(
         names=model_names,
         sources=(on_disk(models[0]), on_disk(models[1])),
         device=place,
-        warnings=notes,
+        warnings=[*notes, *said],
         ranks=ranks,
         parallel=parallel,
         texts=texts,
