@@ -158,7 +158,9 @@ def test_a_report_of_a_contrastive_objective_on_captions(world, tmp_path):
     result = open_result(tmp_path / "out")
     assert set(result.layers["split"]) == {"sharpness"}
     assert "text.block.00" in set(result.layers["layer"])
-    assert "2 batches of 4 pairs, images with their captions" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "2 batches of 4 pairs, images with their captions" in page
+    assert "contrastive, batches of 4" in page
     resolved = (tmp_path / "out" / "config.resolved.toml").read_text()
     assert 'objective = "contrastive"' in resolved
     assert "captions = true" in resolved
