@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from datetime import timedelta
+
 import clips
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from saved import moved
 from test_objectives import TEMPLATES, small
 from torch.nn.functional import cross_entropy
@@ -15,6 +21,7 @@ from sharpscope.commands.merge import Request, merged, prepared
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.errors import DataError, UsageError
+from sharpscope.journal import encode, read
 from sharpscope.models.two_towers import TwoTowers
 from sharpscope.pairs import pair_batches
 from sharpscope.perturbation import MSharpness
@@ -115,6 +122,7 @@ def test_a_text_layer_is_moved_alone_as_in_whole_models_put_together(ends, data)
         moved_logits = hybrid(pixel_values=images, **texts).logits_per_image
     right = [int((z.argmax(1) == data.targets).sum()) for z in (moved_logits, by_transformers(ends[1], data))]
     assert right[0] != right[1]
+    assert "in full" not in " ".join(result.meta["warnings"])  # computed from the moved layer on
     assert rows["effect"].item() == pytest.approx(100 * (right[0] - right[1]) / len(data))
 
 
@@ -261,3 +269,30 @@ def test_a_text_tower_that_does_not_move_is_said(ends, data, tmp_path):
         "the text tower is the same in both models: its layers have sharpness, but do not move"
         in (result.meta["warnings"])
     )
+
+
+def shared(rank, size, root):
+    """Scan contrastively in a group of processes; the first writes."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if size > 1:
+        store = f"file://{root}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    a, b = ss.load(root / "base"), ss.load(root / "tuned")
+    data = ss.folder(root / "data", a, name="id", progress=False)
+    settings = {"alphas": [0.5], "batch_size": 4, "measures": [Trace(most=4), MSharpness(m=4)], "progress": False}
+    ss.scan(a, b, data, objective="contrastive", out=root / f"out-{size}", **settings)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_whole_batches_and_give_the_bytes_of_one(ends, tmp_path):
+    for place in ends:
+        shutil.copytree(place, tmp_path / place.name)
+    clips.images(tmp_path / "data", each=5)
+    shared(0, 1, tmp_path)
+    mp.spawn(shared, (2, tmp_path), nprocs=2)
+    one, two = (read(tmp_path / f"out-{size}" / "cells.jsonl") for size in (1, 2))
+    assert [encode(cell) for cell in one[1]] == [encode(cell) for cell in two[1]]
+    assert len(one[1]) == 3
