@@ -89,7 +89,8 @@ def pair_batches(
         )
     texts = split.captions or _prompts(split, towers, seed)
     chosen = chosen[:whole]
-    tokens = towers.tokens([texts[place] for place in chosen])  # all at once: batches of one shape
+    # All at once, for batches of one shape; long captions are cut, as they are in training.
+    tokens = towers.tokens([texts[place] for place in chosen], cut=split.captions is not None)
     pieces = {name: torch.split(some, batch_size) for name, some in tokens.items()}
     batches = tuple(
         Batch({IMAGE: images, **{name: parts[number] for name, parts in pieces.items()}}, targets)

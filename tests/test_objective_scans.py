@@ -193,6 +193,17 @@ def test_captions_of_a_loader_are_paired_with_their_own_images(labelled, ends, d
     assert np.isfinite(result.layers["value"]).all()
 
 
+def test_captions_longer_than_the_text_tower_reads_are_cut_and_keep_their_end(ends, data):
+    items = [{"image": batch.inputs, "text": ["very long " * 20] * len(batch.targets)} for batch in data]
+    module = TwoTowers(ss.load(ends[0]).library, ss.load(ends[0]).library, data.classes, ("{}",), torch.tensor(1.0))
+    (batch, *_), _ = pair_batches(Split(items, "web"), module, None, 0, 4)
+    words = clips.tokenizer()
+    whole = words(["very long " * 20])["input_ids"][0]
+    assert batch.inputs["input_ids"].tolist() == [[*whole[:39], words.eos_token_id]] * 4
+    with pytest.raises(UsageError, match=r"has \d+ tokens, the text tower reads 40"):
+        module.tokens(["very long " * 20])
+
+
 def test_data_without_labels_serve_for_a_contrastive_loss_only(ends, data):
     captions = Split(Captioned(data, labelled=False), "web")
     for settings in (

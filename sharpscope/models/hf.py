@@ -92,13 +92,13 @@ class TransformersClip:
         """See :class:`sharpscope.models.library.ClipLibrary`."""
         return _pooled if self._siglip else _projected
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
         """Return padded token ids and their mask; SigLIP reads all its places and has no mask."""
         longest = self.network.config.text_config.max_position_embeddings
         if self._siglip:
-            found = _token_ids(self.tokenizer, texts, longest, padding="max_length")
+            found = _token_ids(self.tokenizer, texts, longest, padding="max_length", cut=cut)
             return {"input_ids": found["input_ids"]}
-        return _token_ids(self.tokenizer, texts, longest, padding="longest")
+        return _token_ids(self.tokenizer, texts, longest, padding="longest", cut=cut)
 
     @property
     def text_features(self) -> TextFeatures:
@@ -137,17 +137,18 @@ class TransformersClip:
         return found
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], longest: int, padding: str) -> dict[str, Tensor]:
+def _token_ids(tokenizer: Any, texts: Sequence[str], longest: int, *, padding: str, cut: bool) -> dict[str, Tensor]:
     """Return padded token ids and their mask.
 
     Raises
     ------
     UsageError
-        If a text is longer than the text tower reads, or holds characters outside the vocabulary: CLIP's unknown
-        token is its end token, at which the tower stops reading.
+        If a text is longer than the text tower reads and not to be cut, or holds characters outside the vocabulary:
+        CLIP's unknown token is its end token, at which the tower stops reading.
     """
-    length = longest if padding == "max_length" else None
-    found = tokenizer(list(texts), padding=padding, max_length=length, return_attention_mask=True, return_tensors="pt")
+    length = longest if padding == "max_length" or cut else None
+    form = {"return_attention_mask": True, "return_tensors": "pt"}
+    found = tokenizer(list(texts), padding=padding, truncation=cut, max_length=length, **form)
     ids, mask = found["input_ids"], found["attention_mask"]
     for text, row, read in zip(texts, ids, mask, strict=True):
         used = row[read.bool()]

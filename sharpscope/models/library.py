@@ -42,8 +42,8 @@ class ClipLibrary(Protocol):
         """A function of a module that holds the towers, and images (n, 3, height, width): features (n, width)."""
         ...
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return what the text tower takes; ``UsageError`` if a text is too long or not in the vocabulary."""
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
+        """Return what the text tower takes; ``UsageError`` if a text is too long and not to be cut, or not readable."""
         ...
 
     @property

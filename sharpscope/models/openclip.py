@@ -77,11 +77,11 @@ class OpenClip:
         """See :class:`sharpscope.models.library.ClipLibrary`."""
         return _visual
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return padded token ids; open_clip itself would cut a text that is too long."""
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
+        """Return padded token ids; open_clip itself cuts a text that is too long."""
         ids: Tensor = self.tokenizer(list(texts))
         longest = ids.shape[1]
-        for text, row in zip(texts, ids, strict=True):
+        for text, row in () if cut else zip(texts, ids, strict=True):
             if row[-1] != 0 and (used := self._length(text)) > longest:  # 0 pads where nothing was cut
                 raise UsageError(f"{text!r} has {used} tokens, the text tower reads {longest}", "shorten it")
         return {"text": ids}
