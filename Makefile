@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= sharpscope-demo
+BITMAPS ?= .glyph/bitmaps.npz
 
-.PHONY: demo test lint types format environment rivals bench notebooks clean
+.PHONY: demo test lint types format environment rivals bench study notebooks clean
 
 environment:
 	@$(PYTHON) .ci/environment.py
@@ -30,6 +31,13 @@ format: environment
 
 bench: environment
 	$(BIN)/python benchmarks/layerwise.py --size tiny
+
+# From the stored rows; RETRAIN=1 makes those anew first, on a GPU, from the bitmaps that benchmarks/glyph makes.
+study: environment
+ifdef RETRAIN
+	PYTHONPATH=benchmarks/glyph:benchmarks/study $(BIN)/python benchmarks/study/retrain.py $(BITMAPS) .study benchmarks/results/study
+endif
+	$(BIN)/python benchmarks/study/study.py
 
 notebooks: environment
 	$(BIN)/python tests/notebooks.py

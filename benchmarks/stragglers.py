@@ -27,12 +27,12 @@ def size(paths: int, draws: int) -> dict[str, Any]:
     return {**about, "unit": "percent", "rows": study(paths, draws)}
 
 
-def power(trials: int, strength: float) -> dict[str, Any]:
+def power(trials: int, strength: float, first: int) -> dict[str, Any]:
     from plants import KINDS, trial
 
     found = []
     for kind in KINDS:
-        for seed in range(trials):
+        for seed in range(first, first + trials):
             found.append(trial(kind, seed, strength))
             print(found[-1], flush=True)
     counted = ("found", "first", "supported", "co_moves", "beyond_null", "others_flagged", "others_beyond_null")
@@ -40,7 +40,13 @@ def power(trials: int, strength: float) -> dict[str, Any]:
         kind: {name: sum(getattr(t, name) for t in found if t.kind == kind) / trials for name in counted}
         for kind in KINDS
     }
-    return {"trials": trials, "strength": strength, "rates": rates, "each": [asdict(t) for t in found]}
+    return {
+        "trials": trials,
+        "first_seed": first,
+        "strength": strength,
+        "rates": rates,
+        "each": [asdict(t) for t in found],
+    }
 
 
 def main() -> None:
@@ -52,10 +58,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=999)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--strength", type=float, default=1.0, help="of what is planted")
+    parser.add_argument("--first-seed", type=int, default=1000, help="of the trials")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     started, name = time.monotonic(), "size" if given.size else "power"
-    found = size(given.paths, given.draws) if given.size else power(given.trials, given.strength)
+    found = size(given.paths, given.draws) if given.size else power(given.trials, given.strength, given.first_seed)
     about = {"machine": facts("cpu", 1), "versions": versions(), "seconds": round(time.monotonic() - started)}
     out = given.out or RESULTS / f"stragglers-{name}.json"
     out.write_text(json.dumps({**found, **about}, indent=1) + "\n")

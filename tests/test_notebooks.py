@@ -14,8 +14,8 @@ from notebooks import NOTEBOOKS, executed  # noqa: E402 - needs what may be miss
 ROOT = Path(__file__).parent.parent
 
 
-def test_there_are_four():
-    assert len(NOTEBOOKS) == 4
+def test_there_are_five():
+    assert len(NOTEBOOKS) == 5
 
 
 @pytest.mark.slow

@@ -18,7 +18,10 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch.compile's own
+pytestmark = [  # torch.compile's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
 
 
 def heads(*shape, dtype=torch.float64, seed=0, device="cpu"):

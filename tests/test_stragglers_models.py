@@ -108,13 +108,28 @@ def test_the_family_of_layers_is_that_of_the_largest_correlation():
     assert table.loc[["distance", "global sharpness", "held-out loss"], "p_family"].isna().all()
 
 
-def test_a_planted_layer_is_found_beside_baselines_that_are_not():
+def test_a_planted_layer_is_seenbeside_baselines_that_are_not():
     error = np.random.default_rng(5).random(9)
     table = found(cohort(9, a=np.exp(3 * error), accuracy=1 - error, distance=np.arange(9.0) % 4 + 1))
     assert table.loc["a", ["tau", "p_family"]].tolist() == [-1.0, pytest.approx(0.0002)]
     assert table.loc["a", ["low", "high"]].tolist() == [-1.0, -1.0]
     assert (table.loc[["b", "c", "d"], "p_family"] > 0.05).all()
     assert set(table[table["kind"] == "baseline"].index) == {"distance", "global sharpness", "held-out loss"}
+
+
+def test_a_relation_against_what_covariates_leave_to_chance_is_found():
+    """Error bends with rate and group, the layer is linear in both, so chance alone leaves a partial tau off zero."""
+    group, rate = np.repeat([0.0, 1.0], 8), np.tile(np.arange(4.0), 4)
+    own, noise = np.random.default_rng(5).standard_normal((2, 16))
+    error = -5 * group + 0.5 * rate**2 * (1 - group) + noise - 2 * own
+    columns = {"a": np.exp(6 * group + rate + own), "accuracy": 0.9 - 0.02 * error, "distance": np.ones(16)}
+    held = {"rate": rate, "group": group}
+    table = found(cohort(16, **columns), given="rate + group + distance", covariates=held)
+    assert table.loc["a", "chance"] < -0.1
+    assert 0 < table.loc["a", "tau"] < 0.3  # by its distance from zero chance does as well in a third of the cases
+    assert table.loc["a", "p"] < 0.03
+    plain = found(cohort(16, **columns))
+    assert (plain["chance"] == 0).all()
 
 
 def test_a_layer_that_only_follows_the_learning_rate_is_unmasked_by_it():

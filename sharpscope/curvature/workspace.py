@@ -88,8 +88,10 @@ class Workspace:
         if self._recorder is None:
             self._recorder = Recorder(device if self._recording else torch.device("cpu"))
         if self._held is not None and self._held.serves(objective, names, graph_bytes):
-            self._move(self._held, weights)
-            return self._held
+            if self._moved(self._held, weights):
+                return self._held
+            self._recorder.on = False
+            warnings.warn("a recorded gradient went astray: from here on none is recorded", stacklevel=2)
         self.clear()
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         # What processes gather meanwhile cannot be recorded.
@@ -123,10 +125,15 @@ class Workspace:
         return Place(objective, own, leaves, graphs, budget, asked)
 
     @staticmethod
-    def _move(place: Place, weights: Tree) -> None:
+    def _moved(place: Place, weights: Tree) -> bool:
+        """Bring the place to other weights; return whether the first batch's loss is the one that is had unrecorded."""
         for name, tensor in place.weights.items():
             tensor.data.copy_(weights[name])  # .data: autograd takes no notice, as the graphs are renewed
         place.graphs.renew()
+        for graph, batch in zip(place.graphs.kept[:1], place.objective.own_batches, strict=False):
+            with torch.no_grad():
+                return bool(torch.isclose(graph.loss, place.objective.part(weights, batch), rtol=2e-2, equal_nan=True))
+        return True
 
 
 class _InPlace(Graphs[RenewedGraph]):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NEEDED_MODELS = 5
 DISTANCE = "distance"
-COLUMNS = ("predictor", "kind", "target", "given", "tau", "models", "p", "p_family", "q", "low", "high")
+COLUMNS = ("predictor", "kind", "target", "given", "tau", "models", "p", "p_family", "q", "low", "high", "chance")
 Columns = dict[str, Array]
 
 
@@ -57,12 +57,13 @@ def across_models(
     Returns
     -------
     DataFrame
-        ``predictor kind target given tau models p p_family q low high``. ``given`` names what is held fixed: nothing
-        (an empty text), each covariate, and all of them (joined by ``" + "``); tau is then the partial correlation.
-        ``p`` is two-sided, by permutation of the models (every one up to seven models, else 4,999): exact without
-        covariates, else of the target's residuals given them. ``p_family`` is of the largest ``|tau|`` over the
-        layers, ``q`` the false discovery rate over them; baselines have NaN there. ``low`` to ``high`` is a 95 %
-        percentile bootstrap interval over models, which is narrow for fewer than about ten.
+        ``predictor kind target given tau models p p_family q low high chance``. ``given`` names what is held fixed:
+        nothing (an empty text), each covariate, and all of them (joined by ``" + "``); tau is then the partial
+        correlation. ``p`` is two-sided, by permutation of the models (every one up to seven models, else 4,999): exact
+        without covariates, else of the target's residuals given them, about ``chance``, the mean of tau under
+        permutation, which covariates can move off 0. ``p_family`` is of the largest distance from it over the layers,
+        ``q`` the false discovery rate over them; baselines have NaN there. ``low`` to ``high`` is a 95 % percentile
+        bootstrap interval over models, which is narrow for fewer than about ten.
 
     Raises
     ------
@@ -174,8 +175,11 @@ def _held(names: Sequence[str], models: int) -> Iterator[tuple[str, ...]]:
 
 
 def _rows(names: Sequence[str], layers: Sequence[str], test: Cohort) -> Iterator[dict[str, object]]:
-    taus, chance = test.observed(), np.abs(test.chance())
-    p = np.mean(chance >= np.abs(taus)[:, None], axis=1)
+    taus, chance = test.observed(), test.chance()
+    # Ranks are not linear in covariates: what these explain of both sides leaves a partial tau of chance that is not 0.
+    centre = chance.mean(axis=1) if len(test.given) else np.zeros(len(taus))
+    away, chance = np.abs(taus - centre), np.abs(chance - centre[:, None])
+    p = np.mean(chance >= away[:, None], axis=1)
     family = np.isin(names, layers)
     largest = chance[family].max(axis=0)
     q = np.full(len(names), np.nan)
@@ -187,8 +191,9 @@ def _rows(names: Sequence[str], layers: Sequence[str], test: Cohort) -> Iterator
             "kind": "layer" if family[i] else "baseline",
             "tau": float(taus[i]),
             "p": float(p[i]),
-            "p_family": float(np.mean(largest >= abs(taus[i]))) if family[i] else math.nan,
+            "p_family": float(np.mean(largest >= away[i])) if family[i] else math.nan,
             "q": float(q[i]),
             "low": float(low[i]),
             "high": float(high[i]),
+            "chance": float(centre[i]),
         }

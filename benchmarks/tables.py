@@ -1,0 +1,112 @@
+"""The tables of README.md in this folder, from the files in ``results``.
+
+    python benchmarks/tables.py            # writes them into README.md
+    python benchmarks/tables.py --check    # exits with 1 where the text is not what the files say
+
+A table stands between ``<!-- name -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import summary
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+GIB = 2**30
+NAMES = {"tiny": "tiny", "b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def about(result: Mapping[str, Any]) -> str:
+    """Return machine and versions in a line."""
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"{machine.get('device') or machine['cpu']}, torch {versions['torch']}, commit {machine['sharpscope_commit']}."
+    )
+
+
+def path() -> str:
+    """Return what an alpha of a scan costs, at the first and the next places of the path."""
+    result = json.loads((RESULTS / "path-b32-h200.json").read_text())
+    measured = ("setup", "trace", "lambda_max", "m_sharpness")
+    rows = []
+    for row in result["rows"]:
+        costs, products = row["gradients"], row["products"]
+        whole, blocks = (
+            sum(products[m][kind] for m in ("trace", "lambda_max")) for kind in ("whole_products", "block_products")
+        )
+        sharpness = sum(costs[m] for m in measured[:3])
+        slower = row["gradient_seconds"] / row["gradient_seconds_in_its_batches"]
+        rows.append(
+            [row["images"], row["alpha"], *(f"{costs[m]:.1f}" for m in measured), f"**{sharpness:.0f}**",
+             f"{sharpness * slower:.0f}", f"{whole}, {blocks}", f"{sum(row['seconds'].values()):.1f}"]
+        )  # fmt: skip
+    head = ["images", "alpha", "point", "trace", "eigenvalue", "m-sharpness", "first three",
+            "in gradients of its batches", "whole, block products", "seconds"]  # fmt: skip
+    return f"{table(head, rows)}\n\n{about(result)} Peak {result['peak_bytes'] / GIB:.0f} GiB."
+
+
+def growth() -> str:
+    """Return what products cost by images and network."""
+    result = json.loads((RESULTS / "growth-h200.json").read_text())
+    rows = [
+        [NAMES[row["size"]], f"{row['weights'] / 1e6:.0f} M", row["layers"], row["images"], row["batch"],
+         f"{row['kept_graphs']} of {row['batches']}", f"{row['gradient_seconds']:.3f}",
+         *(f"{row['gradients'][what]:.2f}" for what in ("move", "whole_product", "all_blocks")),
+         f"{row['kept_bytes'] / GIB:.0f} of {row['graph_budget'] / GIB:.0f}", f"{row['peak_bytes'] / GIB:.0f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["network", "weights", "layers", "images", "batch", "graphs kept", "gradient, s", "new point",
+            "whole product",
+            "all blocks", "kept, GiB", "peak, GiB"]  # fmt: skip
+    return f"{table(head, rows)}\n\n{about(result)}"
+
+
+def layerwise() -> str:
+    """Return what sharpscope and its peers need for the same answers."""
+    result = json.loads((RESULTS / "layerwise-tiny-cpu.json").read_text())
+    states = (
+        f"`{name}`, loss {state['training_loss']:.2g}:\n\n{summary.table(state['summary'])}"
+        for name, state in result["states"].items()
+    )
+    return "\n\n".join([*states, about(result)])
+
+
+TABLES: dict[str, Callable[[], str]] = {"layerwise": layerwise, "path": path, "growth": growth}
+
+
+def filled(text: str) -> str:
+    """Return the text with its tables as the files have them."""
+    for name, made in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"README.md needs one pair of <!-- {name} --> and <!-- end -->")
+        text = pattern.sub(lambda found, made=made: found[1] + made() + "\n" + found[2], text)
+    return text
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    chosen, readme = parser.parse_args(), HERE / "README.md"
+    there = readme.read_text()
+    if chosen.check:
+        raise SystemExit(there != filled(there))
+    readme.write_text(filled(there))
+
+
+if __name__ == "__main__":
+    main()
