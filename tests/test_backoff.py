@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.backoff import back_off, is_out_of_memory
-from sharpscope.curvature.graphs import Graphs
+from sharpscope.budget import pieces_for
+from sharpscope.curvature.graphs import Graphs, free_bytes
 from sharpscope.curvature.point import Point
-from sharpscope.errors import MeasurementError
+from sharpscope.errors import MeasurementError, UsageError
 from sharpscope.losses import contrastive
 from sharpscope.objective import Batch, Objective
 
@@ -140,3 +141,35 @@ def test_a_loss_that_couples_the_examples_of_a_batch_is_not_split():
 )
 def test_what_counts_as_out_of_memory(error, is_so):
     assert is_out_of_memory(error) is is_so
+
+
+def test_with_little_memory_batches_come_in_pieces_and_graphs_are_not_kept(monkeypatch):
+    plain = scanned()
+    monkeypatch.setattr("sharpscope.preparation.free_bytes", lambda *_: 40_000)
+    monkeypatch.setattr("sharpscope.job.free_bytes", lambda *_: 0)
+    found = scanned(memory=40_000)
+    assert found.meta["warnings"][-1] == "batches are computed in 2 pieces to stay within memory"
+    np.testing.assert_allclose(found.layers["value"], plain.layers["value"], rtol=1e-9)
+    assert found.layers["draws"].equals(plain.layers["draws"])
+
+
+def test_what_a_process_holds_counts_against_its_limit():
+    cpu = torch.device("cpu")
+    free, limit = free_bytes(cpu), 2**50
+    assert free_bytes(cpu, limit) == pytest.approx(free, rel=0.2)  # others take and give meanwhile
+    assert free_bytes(cpu, 1) == 0
+    held = free_bytes(cpu, limit := 2**33)
+    assert held < limit - 2**26  # torch alone is larger
+
+
+def test_no_memory_is_refused():
+    with pytest.raises(UsageError, match="memory=0"):
+        scanned(memory=0)
+
+
+@pytest.mark.parametrize(("free", "pieces"), [(10**9, 1), (10**4, 1), (3000, 2), (1500, 4), (100, 16)])
+def test_pieces_are_as_few_as_what_is_free_allows(free, pieces):
+    assert pieces_for(16, example=50, weights=10, free=free) == pieces
+    room = max(free - 120, free / 4) / 2
+    assert pieces == 16 or 2 * 50 * 16 / pieces <= room
+    assert pieces == 1 or 2 * 50 * 16 / (pieces / 2) > room
