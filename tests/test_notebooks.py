@@ -10,6 +10,7 @@ needs("ipykernel")
 nbformat = needs("nbformat")
 
 from nbclient.exceptions import CellExecutionError  # noqa: E402 - needs what may be missing
+
 from notebooks import FOLDER, MARK, NOTEBOOKS, code, executed  # noqa: E402 - needs what may be missing
 
 KEPT = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
