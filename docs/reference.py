@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from html import escape
 from pathlib import Path
 from types import ModuleType
 
@@ -56,7 +57,20 @@ def build(folder: Path) -> Path:
         docformat="numpy", footer_text=f"sharpscope {importlib.import_module('sharpscope').__version__}"
     )
     pdoc.pdoc(*MODULES, output_directory=folder)
-    return folder / "index.html"
+    index = folder / "index.html"
+    index.write_text(contents(), encoding="utf-8")  # pdoc's own leads to the first module only
+    return index
+
+
+def contents() -> str:
+    """Return a page that lists the modules, each with its first line."""
+    lines = []
+    for name in MODULES:
+        first = (sys.modules[name].__doc__ or "").strip().splitlines()[0]
+        lines.append(f'<dt><a href="{name.replace(".", "/")}.html">{name}</a></dt><dd>{escape(first)}</dd>')
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>sharpscope: API reference</title>'
+    style = "<style>body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto}dt{margin-top:.6rem}</style>"
+    return f"{head}{style}<h1>sharpscope: API reference</h1><dl>{''.join(lines)}</dl></html>\n"
 
 
 if __name__ == "__main__":

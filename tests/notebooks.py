@@ -22,7 +22,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = tuple(sorted(FOLDER.glob("*.ipynb")))
 SECONDS = 300  # for a cell; a notebook takes less than 90 on two free cores
-COLOURS, WIDTH = 64, 800  # of figures as they are kept
+COLOURS, WIDTH = 256, 800  # of figures as they are kept; with fewer, colours of a scale turn into others
 MARK = "outputs_of"  # metadata: the code that the kept outputs belong to
 
 
