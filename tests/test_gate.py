@@ -142,9 +142,9 @@ def test_keys_may_be_written_with_hyphens():
     assert rules_from({"keep-id": -1, "rules": [rule]}).rules[0].detector.min_change == -0.5
 
 
-def test_the_rules_that_the_readme_shows_can_be_meant():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    block = re.search(r"```toml\n(\[tool.sharpscope.check\].*?)```", readme, flags=re.DOTALL)
+def test_the_rules_that_the_guide_shows_can_be_meant():
+    guide = (Path(__file__).parent.parent / "docs" / "gate.md").read_text()
+    block = re.search(r"```toml\n(\[tool.sharpscope.check\].*?)```", guide, flags=re.DOTALL)
     found = rules_from(tomllib.loads(block.group(1))["tool"]["sharpscope"]["check"])
     assert [rule.id for rule in found.rules] == ["ood-not-worse", "no-barrier", "stragglers"]
 
