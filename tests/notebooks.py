@@ -22,7 +22,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = tuple(sorted(FOLDER.glob("*.ipynb")))
 SECONDS = 300  # for a cell; a notebook takes less than 90 on two free cores
-COLOURS, WIDTH = 256, 800  # of figures as they are kept; with fewer, colours of a scale turn into others
+WIDTH = 800  # of figures as they are kept
 MARK = "outputs_of"  # metadata: the code that the kept outputs belong to
 
 
@@ -78,7 +78,7 @@ def _shrink(data: dict[str, Any]) -> None:
         found = picture.convert("RGB")
     found.thumbnail((WIDTH, 4 * WIDTH))
     buffer = io.BytesIO()
-    found.quantize(COLOURS).save(buffer, format="png", optimize=True)
+    found.save(buffer, format="png", optimize=True)
     data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 
