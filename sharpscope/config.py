@@ -33,7 +33,7 @@ class Settings(BaseModel):
     subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
     measures: tuple[str, ...] = Field(default=DEFAULT, description="what is measured")
     tolerance: float = Field(default=1.0, gt=0, description="times the usual target errors: 2 is coarser and quicker")
-    m: int = Field(default=32, ge=1, description="images per group of m-sharpness; smaller groups are sharper")
+    m: int | None = Field(default=None, ge=1, description="images per group of m-sharpness; default 32")
     alphas: int | tuple[float, ...] = Field(default=11, description="number of points, or the points")
     limit: int | None = Field(default=256, description="most images that sharpness is measured on")
     images: int | None = Field(default=None, ge=1, description="most images of each set, drawn by class; default all")

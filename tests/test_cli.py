@@ -126,6 +126,13 @@ def test_version(run):
     assert run("--version") == (0, f"sharpscope {__version__}\n", "")
 
 
+def test_the_size_of_groups_is_that_of_the_measures_unless_it_is_given():
+    given = {"zero_shot": "a", "fine_tuned": "b", "id": "c", "measures": "m_sharpness,trace"}
+    for m, expected in ((None, [32]), (8, [8])):
+        found = command.measures(config.settings({**given, "m": m}))
+        assert [measure.m for measure in found if hasattr(measure, "m")] == expected
+
+
 def test_every_setting_has_a_flag_and_every_flag_of_a_setting_is_one():
     flags = set(inspect.signature(scans.report).parameters) - {"folder", *scans.NO_SETTINGS}
     assert flags == set(config.Settings.model_fields)

@@ -98,7 +98,9 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
         return replace(measure, relative=measure.relative * times, absolute=measure.absolute * times)
     if isinstance(measure, Eigenvalue):
         return replace(measure, tolerance=measure.tolerance * times)
-    return replace(measure, m=chosen.m) if isinstance(measure, MSharpness) else measure
+    if isinstance(measure, MSharpness) and chosen.m is not None:
+        return replace(measure, m=chosen.m)
+    return measure
 
 
 def plan_line(chosen: Settings) -> str:

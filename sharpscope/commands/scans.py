@@ -57,7 +57,9 @@ def report(
     tolerance: Annotated[
         float | None, typer.Option(metavar="TIMES", help="Times the usual target errors; 2: a quarter of the probes.")
     ] = None,
-    m: Annotated[int | None, typer.Option("--m", metavar="N", help="Images per group of m-sharpness.")] = None,
+    m: Annotated[
+        int | None, typer.Option("--m", metavar="N", help="Images per group of m-sharpness.  [default: 32]")
+    ] = None,
     alphas: Annotated[str | None, typer.Option(metavar="N|A,B", help="How many points, or which.")] = None,
     limit: Annotated[
         str | None, typer.Option(metavar="N|all", help="Most images that sharpness is measured on.")
