@@ -40,7 +40,13 @@ def power(trials: int, strength: float, first: int) -> dict[str, Any]:
         kind: {name: sum(getattr(t, name) for t in found if t.kind == kind) / trials for name in counted}
         for kind in KINDS
     }
-    return {"trials": trials, "first_seed": first, "strength": strength, "rates": rates, "each": [asdict(t) for t in found]}
+    return {
+        "trials": trials,
+        "first_seed": first,
+        "strength": strength,
+        "rates": rates,
+        "each": [asdict(t) for t in found],
+    }
 
 
 def main() -> None:

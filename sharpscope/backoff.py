@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from sharpscope.errors import MeasurementError
-from sharpscope.losses import contrastive
 from sharpscope.plan import Job
 from sharpscope.table import Cell
 
@@ -47,7 +46,7 @@ def back_off(job: Job, where: str) -> str:
     MeasurementError
         If batches are single examples already, or the loss couples the examples of a batch.
     """
-    pieces, coupled = job.objective.pieces, job.objective.loss is contrastive
+    pieces, coupled = job.objective.pieces, job.objective.coupled
     if job.graph_bytes != 0:
         job.graph_bytes, done = 0, "gradient graphs are made anew for each product"
     elif coupled or pieces >= max(len(batch.targets) for batch in job.objective.batches):

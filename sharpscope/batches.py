@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -14,7 +14,50 @@ from sharpscope.objective import Batch
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "cls")
+CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt")
 _FORM = f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}"
+
+
+class Item(NamedTuple):
+    """A batch as a loader gave it: with labels or, all zero then, without; with a caption for each image or without."""
+
+    batch: Batch
+    captions: tuple[str, ...] | None
+    labelled: bool
+
+
+def as_item(item: Any, name: str, index: int) -> Item:
+    """Return what a loader gave: as :func:`as_batch`, and the captions of a mapping, which may stand for labels.
+
+    Raises
+    ------
+    DataError
+        See :func:`as_batch`; or if captions are no list of texts, one for each image.
+    """
+    captions = _captions(item, f"batch {index} of {name!r}") if isinstance(item, Mapping) else None
+    labelled = captions is None or any(key in item for key in LABEL_KEYS)
+    if not labelled:
+        item = {**item, LABEL_KEYS[0]: torch.zeros(len(captions or ()), dtype=torch.long)}
+    return Item(as_batch(item, name, index), captions, labelled)
+
+
+def _captions(item: Mapping[Any, Any], where: str) -> tuple[str, ...] | None:
+    """Return the captions of a batch, None if it has none; tokens are none beside labels."""
+    key = next((key for key in CAPTION_KEYS if key in item), None)
+    if key is None:
+        return None
+    found = item[key]
+    if isinstance(found, list | tuple) and all(isinstance(text, str) for text in found):
+        images = next((item[key] for key in IMAGE_KEYS if key in item), found)
+        if len(images) != len(found):
+            raise DataError(f"{where} has {len(images)} images and {len(found)} captions", "a caption for each image")
+        return tuple(found)
+    if any(key in item for key in LABEL_KEYS):
+        return None
+    raise DataError(
+        f"{where} has {key!r} of type {type(found).__name__} and no labels",
+        "captions as a list of str, which the model's own tokenizer reads; or class numbers",
+    )
 
 
 def as_batch(item: Any, name: str, index: int) -> Batch:
@@ -28,6 +71,8 @@ def as_batch(item: Any, name: str, index: int) -> Batch:
     """
     where = f"batch {index} of {name!r}"
     inputs, targets = _pair(item, where)
+    if isinstance(inputs, Mapping):  # what a processor of transformers returns
+        inputs = next((inputs[key] for key in IMAGE_KEYS if key in inputs), inputs)
     x, y = _tensor(inputs, "images", where), _tensor(targets, "labels", where)
     if fault := _label_fault(y):
         raise DataError(f"{where} has targets {tuple(y.shape)} {y.dtype}, {fault[0]}", fault[1])
@@ -58,7 +103,8 @@ def _tensor(values: Any, what: str, where: str) -> Tensor:
     try:
         if isinstance(first, Image):  # it would make a tensor, of raw pixels
             raise TypeError
-        return torch.as_tensor(values)
+        whole = isinstance(values, list | tuple) and isinstance(first, Tensor) and first.ndim > 0
+        return torch.stack(list(values)) if whole else torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{where} has {what} of type {type(first).__name__}, which make no tensor",

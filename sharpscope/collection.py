@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sharpscope.classes import Numbering, numbering, own_classes
 from sharpscope.data import Split, stratified
 from sharpscope.errors import UsageError
-from sharpscope.pictures import UNREADABLE, Picture, PictureBatches, Preprocess
+from sharpscope.pictures import UNLABELLED, UNREADABLE, Picture, PictureBatches, Preprocess
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Choice:
         Share of the images that may be left out because they cannot be decoded.
     progress
         False: no bar while a long reading goes on.
+    captions
+        Take a caption for each image, too; labels may then be absent.
     """
 
     classes: Sequence[str] | None = None
@@ -44,6 +46,7 @@ class Choice:
     batch_size: int = 64
     max_unreadable: float = UNREADABLE
     progress: bool | None = None
+    captions: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str) or (self.classes is not None and not len(self.classes)):
@@ -63,7 +66,8 @@ class Collection:
     pictures
         In order; the key of each is its class.
     words
-        Key -> words, in the order of class numbers; keys without a picture are classes that do not occur.
+        Key -> words, in the order of class numbers; keys without a picture are classes that do not occur. Empty if
+        the pictures have captions and no labels.
     what
         A key is called: ``"folder"`` or ``"label"``.
     notes
@@ -96,14 +100,18 @@ class Collection:
             notes=(*self.notes, *found.notes),
         )
         columns = sorted(set(found.numbers.values()))
-        masked = choice.classes is not None and len(columns) < len(known)
-        split = Split(loader, self.title, classes=known, columns=columns if masked else None, progress=choice.progress)
+        masked = bool(self.words) and choice.classes is not None and len(columns) < len(known)
+        split = Split(
+            loader, self.title, classes=known or None, columns=columns if masked else None, progress=choice.progress
+        )
         for note in split.notes:
             warnings.warn(note, stacklevel=3)
         return split
 
     def _numbered(self, choice: Choice) -> tuple[list[str], Numbering]:
         """Return the classes, and the number of each key that is one."""
+        if not self.words:
+            return [], Numbering({UNLABELLED: 0}, ())
         if choice.classes is None:
             known = own_classes(self.title, self.words, self.what)
             return known, Numbering({key: number for number, key in enumerate(self.words)}, ())

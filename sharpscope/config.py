@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sharpscope.errors import UsageError, nearest
+from sharpscope.losses import Towers
 from sharpscope.measures import DEFAULT
 from sharpscope.partition import Granularity
 
@@ -28,6 +29,8 @@ class Settings(BaseModel):
     id: str = Field(description="in-distribution images: a folder per class, wds:DIR, py:module:name")
     ood: dict[str, str] = Field(default={}, description="name -> images of each out-of-distribution set")
     sharpness_on: str | None = Field(default=None, description="images that sharpness is measured on")
+    objective: Towers = Field(default="image", description="what the loss is a function of")
+    captions: bool = Field(default=False, description="pair images with their captions, not prompts of their classes")
     classnames: str | None = Field(default=None, description="words of each class folder or label")
     templates: str | None = Field(default=None, description="sentences that class names are put into")
     subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
@@ -52,6 +55,13 @@ class Settings(BaseModel):
     seed: int = Field(default=0, description="of all draws")
     deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
+
+    @field_validator("captions")
+    @classmethod
+    def _paired(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("objective") != "contrastive":
+            raise ValueError("captions are read for --objective contrastive only")
+        return value
 
     @field_validator("ood", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope import loaders
-from sharpscope.batches import as_batch
+from sharpscope.batches import Item, as_item
 from sharpscope.classes import numbering
 from sharpscope.errors import DataError
 from sharpscope.objective import Batch
@@ -44,9 +44,13 @@ class Split:
     ----------
     targets
         Class numbers (n,).
+    captions
+        A text for each image, None if there are none.
+    labelled
+        Whether there are labels; without, there must be captions, and ``targets`` are zero.
     fingerprint
-        SHA-256 of all inputs as the model gets them, and labels; the same for any batching. It changes with the
-        preprocessing too. Cost: the first reading, with about a second per GB on top.
+        SHA-256 of all inputs as the model gets them, labels and captions; the same for any batching. It changes
+        with the preprocessing too. Cost: the first reading, with about a second per GB on top.
 
     Raises
     ------
@@ -77,7 +81,10 @@ class Split:
 
     def _first_pass(self, progress: bool | None) -> None:
         digest, targets, size = hashlib.sha256(), [], 0
-        for batch in reading(self._batches(), self.name, self._length(), progress):
+        captions, labelled = list[str](), set[bool]()
+        for batch, texts, has_labels in reading(self._items(), self.name, self._length(), progress):
+            captions += texts or ()
+            labelled.add(has_labels)
             digest.update(loaders.raw_bytes(batch.inputs))
             self._marks.append(loaders.mark(batch.inputs))
             targets.append(batch.targets.cpu())
@@ -91,15 +98,23 @@ class Split:
             )
         loaders.check_shared_out(self._loader, self._marks, self.name)
         self.targets = torch.cat(targets)
+        self.labelled = labelled == {True}
+        if len(labelled) > 1 or len(captions) not in (0, len(self)):
+            raise DataError(f"some batches of {self.name!r} have labels or captions, others not", "the same in each")
+        self.captions = tuple(captions) if captions else None
         digest.update(loaders.raw_bytes(self.targets))
+        digest.update("\0".join(captions).encode())
         self.fingerprint = digest.hexdigest()
         if loaders.is_one_shot(self._loader):
             self._said = (f"{self.name}: can be read once only, its {len(self)} examples are kept in memory",)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _items(self) -> Iterator[Item]:
         """Yield what the loader gives, batches of no example left out."""
-        found = (as_batch(item, self.name, index) for index, item in enumerate(self._loader))
-        return (batch for batch in found if len(batch.targets))
+        found = (as_item(item, self.name, index) for index, item in enumerate(self._loader))
+        return (item for item in found if len(item.batch.targets))
+
+    def _batches(self) -> Iterator[Batch]:
+        return (item.batch for item in self._items())
 
     def _length(self) -> int | None:
         try:
@@ -180,7 +195,7 @@ class Split:
         DataError
             If a class that occurs here is none of them.
         """
-        if classes is None or self.classes is None or self.classes == tuple(classes):
+        if classes is None or self.classes is None or self.classes == tuple(classes) or not self.labelled:
             return self
         self.check_labels(len(self.classes))
         listed = range(len(self.classes)) if self.columns is None else self.columns
@@ -200,7 +215,12 @@ class Split:
         return other
 
     def check_labels(self, classes: int) -> None:
-        """Raise if a label lies outside the model's outputs or outside ``columns``."""
+        """Raise if there are no labels, or one lies outside the model's outputs or outside ``columns``."""
+        if not self.labelled:
+            raise DataError(
+                f"{self.name!r} has captions but no labels; accuracy and loss are measured, which need them",
+                "labelled images; captions alone serve as sharpness_on with objective='contrastive'",
+            )
         low, high = int(self.targets.min()), int(self.targets.max())
         if low < 0 or high >= classes:
             unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
@@ -218,7 +238,10 @@ class Split:
         The first n of a class-sorted folder would be one or two classes. The order is shuffled so that
         consecutive groups (m-sharpness) are mixed too.
         """
-        chosen = stratified(self.targets.numpy(), limit, seed)
+        return self.batches_of(stratified(self.targets.numpy(), limit, seed), batch_size)
+
+    def batches_of(self, chosen: np.ndarray, batch_size: int) -> tuple[Batch, ...]:
+        """Return the examples at the positions, in their order, in batches of ``batch_size``."""
         wanted = torch.zeros(len(self), dtype=torch.bool)
         wanted[chosen] = True
         kept, seen = [], 0

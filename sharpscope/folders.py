@@ -92,6 +92,9 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _checked(root: Path, found: Listing) -> Listing:
+    tars = [file for file in found.others if file.suffix == ".tar"]
+    if tars and not any(found.images.values()):
+        raise DataError(f"{root} holds archives ({tars[0].name}) and no class folders", f"wds:{root}")
     if not found.images:
         loose = sum(file.suffix.lower() in SUFFIXES for file in found.others)
         held = f"{loose} images but no class folders" if loose else "neither class folders nor images"

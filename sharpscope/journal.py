@@ -52,13 +52,16 @@ def decode(line: str) -> Cell:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
+    """Write beside, then rename: a reader never sees half a file, and none is left where it fails."""
     beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before what it names
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before what it names
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Cell], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch.nn import functional
 from sharpscope.errors import UsageError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+# What the loss is a function of: the image tower and a head; both towers; both towers, image-text pairs for classes.
+Towers = Literal["image", "both", "contrastive"]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -38,6 +42,18 @@ def contrastive(similarity: Tensor, targets: Tensor) -> Tensor:
     return sum(both, torch.zeros((), dtype=similarity.dtype, device=similarity.device)) / 2
 
 
+def sigmoid_contrastive(similarity: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001
+    """Return n times SigLIP's loss of a similarity matrix ``(n, n)`` with scale and bias (arXiv 2303.15343).
+
+    Every entry is a yes-or-no question, summed over all n^2. As in :func:`contrastive` the batch is the unit.
+    """
+    signs = 2 * torch.eye(len(similarity), dtype=similarity.dtype, device=similarity.device) - 1
+    return -functional.logsigmoid(signs * similarity).sum()
+
+
+COUPLED: tuple[Loss, ...] = (contrastive, sigmoid_contrastive)  # each batch is one term of the mean, not its examples
+
+
 def logit_normalised(loss: Loss) -> Loss:
     """Return the loss of ``(z - mean z) / ||z - mean z||`` instead of the logits z: free of the logits' scale."""
 
@@ -48,7 +64,7 @@ def logit_normalised(loss: Loss) -> Loss:
     return normalised
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error, "contrastive": contrastive}
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 
 
 def loss_from(name: str, label_smoothing: float = 0.0) -> Loss:
@@ -59,6 +75,8 @@ def loss_from(name: str, label_smoothing: float = 0.0) -> Loss:
     UsageError
         If the name is unknown, or smoothing is asked of a loss that has none or lies outside [0, 1).
     """
+    if name == "contrastive":
+        raise UsageError("a contrastive loss needs both towers and texts", 'objective="contrastive"')
     if name not in LOSSES:
         near = get_close_matches(name, LOSSES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

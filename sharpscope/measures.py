@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Protocol
 
@@ -53,8 +54,8 @@ MEASURES: dict[str, Measure] = {
 DEFAULT = ("trace", "lambda_max", "m_sharpness")
 
 
-def measures_from(chosen: Sequence[str | Measure]) -> tuple[Measure, ...]:
-    """Return the measures meant, defaults for those given by name.
+def measures_from(chosen: Sequence[str | Measure], group: int | None = None) -> tuple[Measure, ...]:
+    """Return the measures meant, defaults for those given by name; ``group``: their m, instead of its default.
 
     Raises
     ------
@@ -67,8 +68,13 @@ def measures_from(chosen: Sequence[str | Measure]) -> tuple[Measure, ...]:
             near = get_close_matches(item, MEASURES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UsageError(f"measure {item!r} is unknown", f"{hint}known: {', '.join(MEASURES)}")
-        found.append(MEASURES[item] if isinstance(item, str) else item)
+        found.append(_named(item, group) if isinstance(item, str) else item)
     names = [measure.name for measure in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"measure {min(twice)!r} is given twice", "one of each per scan")
     return tuple(found)
+
+
+def _named(name: str, group: int | None) -> Measure:
+    found = MEASURES[name]
+    return replace(found, m=group) if isinstance(found, MSharpness) and group is not None else found

@@ -56,6 +56,7 @@ _WHOLE = _compiled(
     (r"^text(_model\.head|_projection|\.proj|\.text_projection)\b", "text.proj"),
 )
 _ROOT_HEAD = re.compile(r"^(head|fc)(\.fc)?\.(weight|bias)$")
+_OUTER_HEAD = re.compile(r"^(classification_head|classifier|head|fc)\.")
 _STAGED = (
     re.compile(r"^(?:stages|layers)\.(\d+)\.blocks\.(\d+)\.(.+)$"),
     re.compile(r"^layer(\d)\.(\d+)\.(.+)$"),
@@ -114,14 +115,30 @@ def _place(name: str, bare: str) -> Place:
     return Place(tower, kind) if kind else Place("other")
 
 
+def _unwrapped(names: Collection[str]) -> dict[str, str] | None:
+    """Return name -> name without the modules that hold all tensors but a head; None if no known network is inside."""
+    heads = {name for name in names if _OUTER_HEAD.match(name)}
+    paths = [name.split(".") for name in names if name not in heads]
+    for depth in range(1, min(map(len, paths), default=0)):
+        if len({tuple(path[:depth]) for path in paths}) > 1:
+            return None
+        inner = {name: name if name in heads else ".".join(name.split(".")[depth:]) for name in names}
+        if len(set(inner.values())) == len(inner) and _tower_of_bare_names(inner.values()) is not None:
+            return inner
+    return None
+
+
 def places(names: Collection[str]) -> dict[str, Place] | None:
     """Return where each tensor stands; None if the names are of no known network.
 
-    Stages are unrolled: the blocks of a ResNet, ConvNeXt or Swin carry one running number through all stages.
+    Stages are unrolled: the blocks of a ResNet, ConvNeXt or Swin carry one running number through all stages. Known,
+    too, is a known network inside a module that adds at most a head: WiSE-FT's ``image_encoder.model.``.
     """
     bare = _tower_of_bare_names(names)
     if bare is None:
-        return None
+        inner = _unwrapped(names)
+        inside = None if inner is None else places(inner.values())
+        return None if inner is None or inside is None else {name: inside[inner[name]] for name in names}
     found = {name: _place(name, bare) for name in names}
     if bare == "text" and "head.weight" in found and not any(name.startswith("visual.") for name in names):
         found |= {name: Place("text", "proj") for name in names if name.startswith("head.")}

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sharpscope.errors import ModelError
 from sharpscope.tree import Tree
 
+_LIBRARIES, _CLIP_VERBS = ("transformers", "open_clip", "clip"), ("get_text_features", "encode_text")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -59,6 +60,13 @@ def network(module: nn.Module, role: str) -> Network:
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"{role} is a {type(module).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
+    if type(module).__module__.partition(".")[0] in _LIBRARIES and any(hasattr(module, verb) for verb in _CLIP_VERBS):
+        raise ModelError(
+            f"{role} is a {type(module).__name__} of {type(module).__module__.partition('.')[0]}: of images alone it "
+            "gives features, not logits of classes",
+            "save it and pass what sharpscope.load(DIR) returns, whose head is made of class names; or a module whose "
+            "forward gives logits",
+        )
     training = [name or "the module itself" for name, sub in module.named_modules() if sub.training]
     if training:
         raise ModelError(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.errors import MeasurementError
-from sharpscope.losses import Loss
+from sharpscope.errors import MeasurementError, UsageError
+from sharpscope.losses import COUPLED, Loss
 from sharpscope.ranks import ALONE, Ranks
 from sharpscope.tree import Tree
 
@@ -81,6 +81,12 @@ class Objective:
     ranks
         Processes that all hold this objective and share its batches: each computes on a run of them, and all have
         the same sums. Then every method but :meth:`outputs` and :meth:`part` is collective.
+
+    Raises
+    ------
+    UsageError
+        If the loss couples the examples of a batch, and batches differ in size or are to be computed in pieces: the
+        mean over batches of one size is then the definition.
     """
 
     forward: Forward
@@ -88,6 +94,17 @@ class Objective:
     batches: tuple[Batch, ...]
     pieces: int = 1
     ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        sizes = sorted({len(batch.targets) for batch in self.batches})
+        if self.coupled and (self.pieces > 1 or len(sizes) > 1):
+            cut = f"{self.pieces} pieces" if self.pieces > 1 else f"sizes {', '.join(map(str, sizes))}"
+            raise UsageError(f"a contrastive loss on batches in {cut}", "batches of one size, each computed as a whole")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether each batch is one term of the mean loss, as a contrastive loss has it, not each example."""
+        return self.loss in COUPLED
 
     @property
     def examples(self) -> int:

@@ -29,11 +29,19 @@ ROOM = 0.25  # share of free memory for the gradients of groups that are done to
 def groups(objective: Objective, size: int) -> list[Objective]:
     """Return the examples in fixed groups of ``size`` (the last may be smaller), an objective each, for one rank.
 
+    A loss that couples the examples of a batch has its batches as groups.
+
     Raises
     ------
     UsageError
-        If the inputs are no plain tensors: a contrastive batch is one unit and cannot be regrouped.
+        If batches of another size are such groups already, or the inputs are no plain tensors.
     """
+    if objective.coupled:
+        if (there := len(objective.batches[0].targets)) != size:
+            raise UsageError(
+                f"m-sharpness of groups of {size}, a contrastive loss has batches of {there}", f"m={there}"
+            )
+        return [replace(objective, batches=(batch,), ranks=ALONE) for batch in objective.batches]
     if not all(isinstance(batch.inputs, torch.Tensor) for batch in objective.batches):
         raise UsageError("m-sharpness regroups examples, and these inputs are no plain tensors", "trace or lambda_max")
     inputs = torch.cat([batch.inputs for batch in objective.batches])
@@ -130,7 +138,7 @@ class MSharpness:
         device = next(iter(point.leaves.values())).device
         bytes_each = 4 * sum(leaf.nbytes for leaf in point.leaves.values())
         most = 1
-        if device.type == "cuda" and self.steps == 1:
+        if device.type == "cuda" and self.steps == 1 and not point.objective.coupled:
             most = max(1, int(free_bytes(device) * ROOM / bytes_each))
         whole = [group for group in all_groups if group.examples == self.m]
         yield from (whole[start : start + most] for start in range(0, len(whole), most))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ THREADS = min(8, os.cpu_count() or 1)
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 )  # fmt: skip
+UNLABELLED = "\0"  # key of pictures that have a caption only
 _DEEP = {"I", "F"}  # modes of more than 8 bits, beside those that begin with I;16
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -33,6 +34,7 @@ class Picture(NamedTuple):
     name: str  # for messages
     key: str  # its class folder, or its label as text
     source: Callable[[], Path | BinaryIO | Image.Image]
+    caption: str | None = None
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -173,9 +175,9 @@ class PictureBatches:
                 "copy the data anew, remove the damaged files, or allow more: max_unreadable=0.05",
             )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | dict[str, Any]]:
         images: list[Tensor] = []
-        labels: list[int] = []
+        kept: list[Picture] = []
         shape = None
         for picture, found in self._in_order():
             if isinstance(found, str):
@@ -188,13 +190,21 @@ class PictureBatches:
                     "a preprocessing that resizes and crops to one size",
                 )
             images.append(found)
-            labels.append(self._numbers[picture.key])
+            kept.append(picture)
             if len(images) == self._batch_size:
-                yield Batch(torch.stack(images), torch.tensor(labels))
-                images, labels = [], []
+                yield self._batch(images, kept)
+                images, kept = [], []
         if images:
-            yield Batch(torch.stack(images), torch.tensor(labels))
+            yield self._batch(images, kept)
         self._read_before = True
+
+    def _batch(self, images: list[Tensor], pictures: list[Picture]) -> Batch | dict[str, Any]:
+        """Return a batch, as a mapping if the pictures have captions."""
+        labels = [] if pictures[0].key == UNLABELLED else [self._numbers[picture.key] for picture in pictures]
+        if pictures[0].caption is None:
+            return Batch(torch.stack(images), torch.tensor(labels))
+        found = {"image": torch.stack(images), "caption": [picture.caption for picture in pictures]}
+        return {**found, "label": torch.tensor(labels)} if labels else found
 
 
 def decoded(picture: Picture) -> Image.Image:

@@ -18,11 +18,12 @@ from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.errors import ModelError, UsageError
-from sharpscope.losses import Loss, cross_entropy
+from sharpscope.losses import Loss, Towers, cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
 from sharpscope.objective import Batch, Objective, check_deterministic, check_finite
+from sharpscope.pairs import check_objective, differentiated
 from sharpscope.partition import Granularity, Partition, container_names, partition
 from sharpscope.path import Path
 from sharpscope.precision import Precision
@@ -65,12 +66,14 @@ class Plan:
     label_smoothing: float = 0.0
     precision: Precision = "highest"
     chains: int = 1  # runs of alphas, each begun without a neighbour's eigenvectors
+    objective: Towers = "image"  # what the loss is a function of
 
     def __post_init__(self) -> None:
         if not 1 <= self.chains <= len(self.alphas):
             raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
+        check_objective(self.objective, self.loss_name, self.label_smoothing, self.measures, self.batch_size)
 
     @property
     def rounds(self) -> list[tuple[int, ...]]:
@@ -122,6 +125,7 @@ class Job:
     parallel: Parallel = "data"
     graph_bytes: int | None = None  # that kept graphs may take, see Point
     workspace: Workspace = field(default_factory=Workspace)
+    texts: str = ""  # hash of the texts of a contrastive objective
     counts: Counter[str] = field(default_factory=Counter)
 
     def weights(self, alpha: float) -> Tree:
@@ -158,15 +162,21 @@ class Job:
             "seed": plan.seed,
             "limit": plan.limit,
             "batch_size": plan.batch_size,
-            "loss": [plan.loss_name, plan.label_smoothing],
+            "loss": [
+                self.objective.loss.__name__ if self.objective.coupled else plan.loss_name,
+                plan.label_smoothing,
+            ],
             "precision": plan.precision,
             "chains": plan.chains,
+            # Absent from scans before there was a choice, which resume.
+            **({} if plan.objective == "image" else {"objective": [plan.objective, self.texts]}),
         }
 
     def describe(self, plan: Plan, done: int) -> str:
         """Return the plan in one line."""
         resumed = f", {done} cells are there already" if done else ""
         names = ", ".join(plan.settings) or "accuracy only"
+        names += {"image": "", "both": " of both towers", "contrastive": " of contrastive batches"}[plan.objective]
         place = str(self.device)
         if self.ranks.size > 1:
             place = f"{self.ranks.size} x {self.device.type}, sharing {self.parallel}"
@@ -190,6 +200,7 @@ class Job:
             "measures": plan.settings,
             "seed": plan.seed,
             "granularity": plan.granularity,
+            "objective": plan.objective,
             "curvature_split": self.curvature_split,
             "splits": self._split_facts(),
             "layers": self._layer_facts(),
@@ -235,14 +246,26 @@ class Job:
 
 
 def _modules(
-    models: tuple[Any, Any], classes: Sequence[str] | None
+    models: tuple[Any, Any], classes: Sequence[str] | None, objective: Towers
 ) -> tuple[tuple[Any, Any], tuple[str, str], list[str]]:
     """Return two classifiers, their names and notes: the modules, or made of what :func:`sharpscope.load` returned."""
+    loaded = [hasattr(model, "preprocess") and not isinstance(model, nn.Module) for model in models]
+    if any(loaded) and not all(loaded):
+        other = models[loaded.index(False)]
+        raise ModelError(
+            f"{ROLES[loaded.index(True)]} was loaded, {ROLES[loaded.index(False)]} is a {type(other).__name__}",
+            "sharpscope.load(REF) for both, or two modules whose forward gives logits",
+        )
     if any(isinstance(model, nn.Module) for model in models) or not all(hasattr(m, "preprocess") for m in models):
+        if objective != "image":
+            raise UsageError(
+                f"objective={objective!r} needs both towers of two CLIPs, a {type(models[0]).__name__} gives logits",
+                "sharpscope.load(REF) for both models",
+            )
         return models, (type(models[0]).__name__, type(models[1]).__name__), []
     from sharpscope.models.compatibility import pair  # reads checkpoints, only where it is needed
 
-    start, end, notes = pair(*models, classes)
+    start, end, notes = pair(*models, classes, objective)
     return (start, end), (models[0].name, models[1].name), notes
 
 
@@ -285,7 +308,7 @@ def prepare(
     Cost: two forwards and one gradient of a batch, and a forward per split.
     """
     _check_names([id_split, *ood])
-    (module, other), model_names, notes = _modules(models, id_split.classes)
+    (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
@@ -298,9 +321,10 @@ def prepare(
         partition(names, granularity=plan.granularity, containers=container_names(module), patterns=patterns)
         for names in (parameters, list(path.start))
     )
-    batches = tuple(batch.to(place) for batch in curvature.sample(plan.limit, plan.seed, plan.batch_size))
-    objective = Objective(networks[0].forward, plan.loss, batches, ranks=ranks if parallel == "data" else ALONE)
-    layers = _touched(objective, {**constants, **path.start}, everything, [id_split, *ood, curvature])
+    loss, batches, said, texts = differentiated(module, curvature, plan, place)
+    objective = Objective(networks[0].forward, loss, batches, ranks=ranks if parallel == "data" else ALONE)
+    labelled = [id_split, *ood, *([] if texts else [curvature])]
+    layers = _touched(objective, {**constants, **path.start}, everything, labelled)
     return Job(
         path=path,
         constants=constants,
@@ -316,9 +340,10 @@ def prepare(
         names=model_names,
         sources=(on_disk(models[0]), on_disk(models[1])),
         device=place,
-        warnings=notes,
+        warnings=[*notes, *said],
         ranks=ranks,
         parallel=parallel,
+        texts=texts,
     )
 
 

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 from PIL.Image import Image
 
-from sharpscope.batches import IMAGE_KEYS, LABEL_KEYS
+from sharpscope.batches import CAPTION_KEYS, IMAGE_KEYS, LABEL_KEYS
 from sharpscope.classnames import ClassNames, read_label_names
 from sharpscope.collection import Collection
 from sharpscope.errors import DataError, UsageError
-from sharpscope.pictures import Picture
+from sharpscope.pictures import UNLABELLED, Picture
 
 STREAM_BYTES = 2 << 30  # of encoded images; a streaming data set is kept, as it cannot be drawn from
 
@@ -27,7 +27,9 @@ def is_table(data: Any) -> bool:
     )
 
 
-def table_collection(dataset: Any, name: str | None, classnames: ClassNames | None) -> Collection:
+def table_collection(
+    dataset: Any, name: str | None, classnames: ClassNames | None, *, captions: bool = False
+) -> Collection:
     """Return the rows of a data set with an image and a label column, in their order, and the words of its labels.
 
     Its own formatting and transforms are set aside: the model's preprocessing is applied, to images as stored.
@@ -41,6 +43,8 @@ def table_collection(dataset: Any, name: str | None, classnames: ClassNames | No
         For rows and messages; default the data set's own.
     classnames
         Label -> words, or a file of that; default the names of the label column.
+    captions
+        Take the caption column, too (of a list of captions the first); there need not be a label column then.
 
     Raises
     ------
@@ -54,12 +58,20 @@ def table_collection(dataset: Any, name: str | None, classnames: ClassNames | No
             f"this holds the splits {', '.join(map(str, dataset))}", f"one of them: data[{next(iter(dataset))!r}]"
         )
     title = name or str(getattr(getattr(dataset, "info", None), "dataset_name", None) or "data")
-    image, label = _image_column(title, dataset), _label_column(title, dataset)
+    image = _image_column(title, dataset)
+    label = None if captions and not _labels(dataset) else _label_column(title, dataset)
     rows = _rows(dataset, title, image)
-    values = [*rows[label]] if hasattr(rows, "features") else [row[label] for row in rows]
-    words = _words(title, dataset.features[label], values, classnames)
-    keys = _keys(title, values, words)
-    pictures = [Picture(f"{title} row {i}", key, partial(_cell, rows, i, image)) for i, key in enumerate(keys)]
+    texts = _captions(title, dataset, rows) if captions else [None] * len(rows)
+    words: dict[str, str] = {}
+    if label is None:
+        keys = [UNLABELLED] * len(rows)
+    else:
+        values = _column(rows, label)
+        words = _words(title, dataset.features[label], values, classnames)
+        keys = _keys(title, values, words)
+    pictures = [
+        Picture(f"{title} row {i}", key, partial(_cell, rows, i, image), texts[i]) for i, key in enumerate(keys)
+    ]
     if not pictures:
         raise DataError(f"{title!r} gave no example", "a data set with rows")
     return Collection(title, pictures, words, what="label")
@@ -72,10 +84,27 @@ def _image_column(title: str, dataset: Any) -> str:
 
 
 def _label_column(title: str, dataset: Any) -> str:
-    features = _features(title, dataset)
-    usual = [key for key in LABEL_KEYS if key in features]
-    named = [key for key, feature in features.items() if hasattr(feature, "names")]
-    return _only(title, features, usual or named, "label", LABEL_KEYS)
+    return _only(title, _features(title, dataset), _labels(dataset), "label", LABEL_KEYS)
+
+
+def _labels(dataset: Any) -> list[str]:
+    """Return the columns that may be labels."""
+    usual = [key for key in LABEL_KEYS if key in dataset.features]
+    return usual or [key for key, feature in dataset.features.items() if hasattr(feature, "names")]
+
+
+def _column(rows: Any, name: str) -> list[Any]:
+    return [*rows[name]] if hasattr(rows, "features") else [row[name] for row in rows]
+
+
+def _captions(title: str, dataset: Any, rows: Any) -> list[str | None]:
+    """Return a caption for each row."""
+    found = [key for key in CAPTION_KEYS if key in dataset.features]
+    column = _only(title, dataset.features, found, "caption", CAPTION_KEYS)
+    texts = [cell[0] if isinstance(cell, list | tuple) and cell else cell for cell in _column(rows, column)]
+    if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str) or not text), None)) is not None:
+        raise DataError(f"{title!r}: row {odd} has {texts[odd]!r} in the place of a caption", "a text for each image")
+    return texts
 
 
 def _features(title: str, dataset: Any) -> Mapping[str, Any]:

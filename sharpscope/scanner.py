@@ -17,7 +17,7 @@ from sharpscope.errors import MeasurementError
 from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
-from sharpscope.losses import Loss, loss_from
+from sharpscope.losses import Loss, Towers, loss_from
 from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
@@ -35,7 +35,7 @@ from sharpscope.tree import Tree
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
     batches = job.batches(split, job.team)
-    examples = per_example(job.objective.forward, weights, batches, job.columns(split), job.team)
+    examples = per_example(job.network.forward, weights, batches, job.columns(split), job.team)
     check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
     return evaluation_cell(alpha, split.name, examples)
 
@@ -195,6 +195,7 @@ def scan(
     alphas: int | Sequence[float] = 11,
     measures: Sequence[str | Measure] = DEFAULT,
     sharpness_on: Any = None,
+    objective: Towers = "image",
     loss: str | Loss = "cross_entropy",
     label_smoothing: float = 0.0,
     limit: int | None = 256,
@@ -231,6 +232,12 @@ def scan(
         Names in :data:`sharpscope.measures.MEASURES`, or configured measures, e.g. ``Trace(relative=0.01)``.
     sharpness_on
         Data that sharpness is measured on, e.g. training images; default ``loader``.
+    objective
+        What of two CLIPs the loss is a function of. ``"image"``: the image tower and a head, fixed by the class names
+        at either end and mixed between. ``"both"``: both towers, the head made by the text tower at every alpha.
+        ``"contrastive"``: both towers under the loss of contrastive fine-tuning (FLYP, arXiv 2212.00638), CLIP's or
+        SigLIP's, on images with their captions (a split that has them) or prompts of their classes. Accuracy is that
+        of zero-shot classification always.
     loss, label_smoothing
         The loss whose sharpness is measured: ``cross_entropy`` or ``squared_error``, or a function of outputs and
         targets that returns the sum over examples. The evaluation always reports cross-entropy.
@@ -238,7 +245,8 @@ def scan(
         Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
     batch_size
         Examples whose gradient graph is built at once; bounds memory. Each batch gets trace probes of its own, so small
-        batches need fewer of them; other numbers change by rounding only.
+        batches need fewer of them; other numbers change by rounding only. A contrastive loss is a mean over batches of
+        exactly this size, which are the groups of its m-sharpness and are never cut.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
     interventions
@@ -289,7 +297,7 @@ def scan(
     """
     plan = Plan(
         alphas=alphas_from(alphas),
-        measures=measures_from(measures),
+        measures=measures_from(measures, batch_size if objective == "contrastive" else None),
         seed=seed,
         limit=limit,
         batch_size=batch_size,
@@ -299,6 +307,7 @@ def scan(
         label_smoothing=label_smoothing,
         precision=precision,
         chains=chains,
+        objective=objective,
     )
     started = time.monotonic()
     with joined() as ranks, matmul_precision(precision):

@@ -10,21 +10,25 @@ from sharpscope.errors import DataError
 from sharpscope.pictures import SUFFIXES
 
 LABEL = "cls"
+CAPTION = "txt"
 _BLOCK = 512
 _TAIL = 1 << 20  # bytes that are looked at after the last member
 
 
 class Sample(NamedTuple):
-    """An image in an archive, and its label."""
+    """An image in an archive, its label and its caption, as far as they were asked for."""
 
     member: str
     offset: int  # bytes from the start of the archive
     size: int
-    label: int
+    label: int | None
+    caption: str | None = None
 
 
-def read_shard(path: Path) -> list[Sample]:
+def read_shard(path: Path, *, captions: bool = False) -> list[Sample]:
     """Return the samples of an archive in its order, without reading an image. Cost: one pass over the headers.
+
+    With ``captions`` each sample needs one, and may lack a label.
 
     Raises
     ------
@@ -33,7 +37,7 @@ def read_shard(path: Path) -> list[Sample]:
         occurs twice.
     """
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
-    labels: dict[str, bytes] = {}
+    told: dict[str, dict[str, bytes]] = {LABEL: {}, CAPTION: {}}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
@@ -43,8 +47,8 @@ def read_shard(path: Path) -> list[Sample]:
                 if kind in members.setdefault(key, {}):
                     raise DataError(f"{path}: {member.name} occurs twice", "each sample once")
                 members[key][kind] = member
-                if kind == LABEL:
-                    labels[key] = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if kind == LABEL or (kind == CAPTION and captions):
+                    told[kind][key] = archive.extractfile(member).read()  # type: ignore[union-attr]
             last = archive.getmembers()[-1:]
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
@@ -55,7 +59,8 @@ def read_shard(path: Path) -> list[Sample]:
             f"{path} cannot be read: {error.strerror or error}", "check the file and its permissions"
         ) from error
     _check_end(path, max((member.offset_data + -(-member.size // _BLOCK) * _BLOCK for member in last), default=0))
-    return [_sample(path, key, found, labels) for key, found in members.items()]
+    read = _captioned if captions else _labelled
+    return [read(path, key, found, told) for key, found in members.items()]
 
 
 def _parts(name: str) -> tuple[str | None, str]:
@@ -81,18 +86,53 @@ def _check_end(path: Path, end: int) -> None:
         )
 
 
-def _sample(path: Path, key: str, found: dict[str, tarfile.TarInfo], labels: dict[str, bytes]) -> Sample:
-    images = [kind for kind in found if f".{kind}" in SUFFIXES]
-    if len(images) != 1 or key not in labels:
-        lacks = f"no .{LABEL}" if images else "no image"
-        captions = ", only captions: a retrieval set?" if "txt" in found and key not in labels else ""
-        raise DataError(
-            f"{path}: sample {key!r} has {lacks if len(images) < 2 else 'several images'} "
-            f"(found {', '.join(f'.{kind}' for kind in found)}{captions})",
-            "each sample one image and its class number: key.jpg + key.cls",
-        )
-    text = labels[key].decode("ascii", "replace").strip()
+_Members = dict[str, tarfile.TarInfo]
+_Told = dict[str, dict[str, bytes]]  # label or caption -> key of the sample -> content
+
+
+def _labelled(path: Path, key: str, found: _Members, told: _Told) -> Sample:
+    if key not in told[LABEL]:
+        only = ", only captions: a retrieval set?" if CAPTION in found else ""
+        raise _incomplete(path, key, found, f"no .{LABEL}" if _images(found) else "no image", only)
+    image = _image(path, key, found)
+    return Sample(image.name, image.offset_data, image.size, _label(path, key, told[LABEL][key]))
+
+
+def _captioned(path: Path, key: str, found: _Members, told: _Told) -> Sample:
+    if key not in told[CAPTION]:
+        raise _incomplete(path, key, found, f"no .{CAPTION}")
+    image, label = _image(path, key, found), told[LABEL].get(key)
+    try:
+        lines = [line.strip() for line in told[CAPTION][key].decode().splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {key}.{CAPTION} is no text in UTF-8: {error}", "iconv -t utf-8") from error
+    if not any(lines):
+        raise DataError(f"{path}: {key}.{CAPTION} is empty", "a caption for each image")
+    caption = next(line for line in lines if line)  # retrieval sets have several, a line each
+    number = None if label is None else _label(path, key, label)
+    return Sample(image.name, image.offset_data, image.size, number, caption)
+
+
+def _images(found: _Members) -> list[str]:
+    return [kind for kind in found if f".{kind}" in SUFFIXES]
+
+
+def _image(path: Path, key: str, found: _Members) -> tarfile.TarInfo:
+    kinds = _images(found)
+    if len(kinds) != 1:
+        raise _incomplete(path, key, found, "several images" if kinds else "no image")
+    return found[kinds[0]]
+
+
+def _incomplete(path: Path, key: str, found: _Members, lacks: str, more: str = "") -> DataError:
+    return DataError(
+        f"{path}: sample {key!r} has {lacks} (found {', '.join(f'.{kind}' for kind in found)}{more})",
+        f"each sample one image and its class number: key.jpg + key.{LABEL}; with captions key.{CAPTION}",
+    )
+
+
+def _label(path: Path, key: str, content: bytes) -> int:
+    text = content.decode("ascii", "replace").strip()
     if not text.isdigit():
         raise DataError(f"{path}: {key}.{LABEL} holds {text[:20]!r}", "a class number, 0 or more")
-    image = found[images[0]]
-    return Sample(image.name, image.offset_data, image.size, int(text))
+    return int(text)

@@ -12,6 +12,7 @@ from sharpscope.collection import Choice
 from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.folders import image_folder
+from sharpscope.items import is_items, item_collection
 from sharpscope.pictures import UNREADABLE
 from sharpscope.rows import is_table, table_collection
 from sharpscope.webdataset import webdataset_collection
@@ -37,6 +38,7 @@ def images(
     batch_size: int = 64,
     max_unreadable: float = UNREADABLE,
     progress: bool | None = None,
+    captions: bool = False,
 ) -> Split:
     """Return labelled images as a split, preprocessed as the model wants them.
 
@@ -45,7 +47,8 @@ def images(
     source
         A directory with a folder per class; ``wds:DIR`` or ``wds:PATTERN``, tar archives in the layout of
         CLIP_benchmark; ``py:pkg.mod:factory``, a function that is given the model if it takes one, and returns any of
-        these or a loader; a ``datasets`` object; any loader of ready batches.
+        these or a loader; a ``datasets`` object; a data set of (PIL image, class number) with ``classes``, as those of
+        torchvision are; any loader of ready batches.
     model
         What :func:`sharpscope.load` returned, or any callable from a PIL image to a tensor. Not used for loaders.
     name
@@ -65,13 +68,17 @@ def images(
         Share of the images that may be left out because they cannot be decoded.
     progress
         False: no bar while a long reading goes on.
+    captions
+        Take the images' captions, too, for ``objective="contrastive"``: ``key.txt`` of a webdataset, the column
+        ``caption`` or ``text`` of a data set. Labels may then be absent, if only sharpness is measured on these data.
+        Loaders give them as they are, as lists of texts in mappings.
 
     Raises
     ------
     UsageError, DataError
         See :func:`sharpscope.folder`; naming what cannot be measured on and the way out.
     """
-    choice = Choice(classes, subset, limit, seed, batch_size, max_unreadable, progress)
+    choice = Choice(classes, subset, limit, seed, batch_size, max_unreadable, progress, captions)
     return _read(source, model, name, classnames, choice)
 
 
@@ -80,12 +87,17 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         title = name or source.rpartition(":")[2]
         return _read(factory.made(source, model), model, title, classnames, choice)
     if isinstance(source, str) and source.startswith(WEBDATASET):
-        return webdataset_collection(source.removeprefix(WEBDATASET), name, classnames).split(model, choice)
+        place = source.removeprefix(WEBDATASET)
+        return webdataset_collection(place, name, classnames, captions=choice.captions).split(model, choice)
     if isinstance(source, str | Path):
+        if choice.captions:
+            raise UsageError(f"{source} is a folder of images, which have no captions", "captions=False: class prompts")
         subset = choice.subset and choice.classes is not None
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):
-        return table_collection(source, name, classnames).split(model, choice)
+        return table_collection(source, name, classnames, captions=choice.captions).split(model, choice)
+    if is_items(source):
+        return item_collection(source, name, classnames).split(model, choice)
     return _loader(source, name or getattr(source, "name", None) or "data", choice)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from sharpscope.classnames import ClassNames, read_label_names
 from sharpscope.collection import Collection
 from sharpscope.errors import DataError, UsageError
-from sharpscope.pictures import Picture
+from sharpscope.pictures import UNLABELLED, Picture
 from sharpscope.shards import Sample, read_shard
 
 CLASSNAMES = "classnames.txt"
@@ -130,7 +130,9 @@ def _gap(shards: Sequence[Path], total: int) -> str:
     return f"; {missing[0]}.tar is missing" if missing else ""
 
 
-def webdataset_collection(place: str | Path, name: str | None, classnames: ClassNames | None) -> Collection:
+def webdataset_collection(
+    place: str | Path, name: str | None, classnames: ClassNames | None, *, captions: bool = False
+) -> Collection:
     """Return the samples of a webdataset, each once, in the order of shards and members, and the words of its labels.
 
     Parameters
@@ -142,14 +144,25 @@ def webdataset_collection(place: str | Path, name: str | None, classnames: Class
     classnames
         Label -> words, a file of that, or a text file with a line per class in the order of labels. Default:
         ``classnames.txt`` of the webdataset.
+    captions
+        Read ``key.txt``, too, of several lines the first; then no sample, or each, has a label.
     """
     found = archive(place)
     title = name or _title(found.shards[0])
-    samples = {shard: read_shard(shard) for shard in found.shards}
+    samples = {shard: read_shard(shard, captions=captions) for shard in found.shards}
     _check_distinct(samples)
-    words = label_words(found, classnames)
+    empty = [shard for shard, members in samples.items() if not members]
+    if empty and len(empty) < len(samples):
+        raise DataError(f"{empty[0]} holds no sample, other shards do", "copy it anew, or remove it from all shards")
+    labelled = any(sample.label is not None for members in samples.values() for sample in members) or not captions
+    words = label_words(found, classnames) if labelled else {}
     pictures = [
-        Picture(f"{shard}:{sample.member}", str(_checked_label(sample, shard, words)), partial(_bytes, shard, sample))
+        Picture(
+            f"{shard}:{sample.member}",
+            _checked_label(sample, shard, words) if labelled else UNLABELLED,
+            partial(_bytes, shard, sample),
+            sample.caption,
+        )
         for shard, members in samples.items()
         for sample in members
     ]
@@ -182,14 +195,16 @@ def _check_distinct(samples: dict[Path, list[Sample]]) -> None:
         seen[content] = shard
 
 
-def _checked_label(sample: Sample, shard: Path, words: dict[str, str]) -> int:
+def _checked_label(sample: Sample, shard: Path, words: dict[str, str]) -> str:
+    if sample.label is None:
+        raise DataError(f"{shard}:{sample.member} has no label, others have", "labels for all or for none")
     if str(sample.label) not in words:
         raise DataError(
             f"{shard}:{sample.member} has label {sample.label}, there are names for {len(words)} classes "
             f"({min(words)!r} to {max(words, key=int)!r})",
             f"a line per class in {CLASSNAMES}, the first for label 0",
         )
-    return sample.label
+    return str(sample.label)
 
 
 def label_words(found: Archive, classnames: ClassNames | None) -> dict[str, str]:

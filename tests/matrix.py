@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from saved import CLASSES, Saved, pixels
 
 import sharpscope as ss
 from sharpscope.commands.merge import Request, merged, prepared
 from sharpscope.data import Split
+from sharpscope.errors import UsageError
 from sharpscope.measures import Trace
 from sharpscope.models import load_pair
 from sharpscope.models.compatibility import pair
@@ -45,6 +47,29 @@ def check_scan(saved: Saved) -> None:
     assert set(rows["layer"]) > {"visual.embed", "visual.block.00", "visual.block.01"}
     assert np.isfinite(rows["value"]).all()
     assert result.meta["models"]["zero_shot"]["hash"] != result.meta["models"]["fine_tuned"]["hash"]
+
+
+def check_two_towers(saved: Saved) -> None:
+    """With both towers the logits are the library's own, and every text layer is measured."""
+    start, end = load_pair(saved.zero_shot, saved.fine_tuned)
+    data = Split([(pixels(saved.side, 6), torch.arange(6) % 3)], "id", classes=CLASSES)
+    if saved.own_head:
+        with pytest.raises(UsageError, match="has no text tower"):
+            ss.scan(start, end, data, objective="both", progress=False)
+        return
+    module, _, _ = pair(start, end, CLASSES, "both")
+    with torch.no_grad():
+        torch.testing.assert_close(module(pixels(saved.side)), saved.logits(pixels(saved.side)), rtol=0, atol=1e-5)
+    rough = Trace(relative=2.0, absolute=1e3)
+    settings = {"alphas": [0.5], "measures": [rough], "limit": 3, "batch_size": 3, "progress": False}
+    found = {o: ss.scan(start, end, data, objective=o, **settings) for o in ("both", "contrastive")}
+    for result in found.values():
+        assert set(result.layers["layer"]) > {"visual.block.00", "text.embed", "text.block.00", "text.norm"}
+        assert np.isfinite(result.layers["value"]).all()
+        assert result.meta["unused"] == []
+        assert {"head", "logit_scale"}.isdisjoint(result.meta["layers"])
+    losses = [result.evals.query("measure == 'loss'")["value"].item() for result in found.values()]
+    assert losses[0] == losses[1]  # evaluation is classification
 
 
 def check_merge(saved: Saved, out: Path) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["storage", "journal", "calibration"],
+    ["storage", "journal", "documents", "calibration"],
     ["stragglers"],
     ["tree", "naming"],
     ["partition"],
@@ -26,7 +26,8 @@ ROOMS = [
     ["perturbation", "evaluate"],
     ["measures", "memory"],
     ["models", "optim"],
-    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "sources", "finetune", "merging"],
+    ["pictures", "collection", "folders", "shards", "webdataset", "rows", "items", "sources", "finetune", "merging"],
+    ["pairs"],
     ["plan"],
     ["backoff"],
     ["moves", "trials", "intervention", "search"],

@@ -1,6 +1,8 @@
 """Every tensor in exactly one layer, named alike across libraries."""
 
+import clips
 import pytest
+import torch
 from nets import made
 
 import sharpscope
@@ -110,3 +112,41 @@ def test_blocks_of_stages_are_numbered_through():
 
 def test_what_is_known_of_no_network_is_other_not_dropped():
     assert partition([*TRANSFORMERS, "adapter.weight"]).layers["other"] == ("adapter.weight",)
+
+
+class Wrapper(torch.nn.Module):
+    """As WiSE-FT's ImageClassifier, and as people put a head on a backbone."""
+
+    def __init__(self, path, network, head=None):
+        super().__init__()
+        for name in reversed(path[1:]):
+            holder = torch.nn.Module()
+            holder.add_module(name, network)
+            network = holder
+        self.add_module(path[0], network)
+        if head:
+            self.add_module(head, torch.nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("path", "head"),
+    [
+        (("image_encoder", "model"), "classification_head"),
+        (("module",), None),
+        (("module", "backbone"), "fc"),
+        (("clip",), "classifier"),
+    ],
+)
+def test_a_known_network_inside_a_module_with_a_head_has_its_usual_layers(path, head):
+    inside = clips.network()
+    expected = sharpscope.layers(inside).layers
+    found = sharpscope.layers(Wrapper(path, inside, head)).layers
+    assert {"visual.block.01", "text.block.00"} <= set(expected)
+    assert set(found) == set(expected) | ({"head"} if head else set())
+    prefix = ".".join(path) + "."
+    assert all(found[layer] == tuple(prefix + name for name in names) for layer, names in expected.items())
+
+
+def test_two_networks_side_by_side_are_no_wrapper():
+    both = torch.nn.ModuleDict({"one": clips.network(), "two": clips.network()})
+    assert not any(layer.startswith("visual") for layer in sharpscope.layers(both).layers)

@@ -8,11 +8,12 @@ import clips
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.data import Split
-from sharpscope.errors import UsageError
+from sharpscope.errors import DataError, UsageError
 from sharpscope.factory import made
 
 X, Y = torch.arange(12.0).view(6, 2), torch.arange(6) % 3
@@ -91,3 +92,52 @@ def test_classes_that_are_no_list_are_refused(here, classes, said):
     clips.images(here / "id")
     with pytest.raises(UsageError, match=said):
         sharpscope.images("id", mean_color, classes=classes)
+
+
+class Items:
+    """A data set as torchvision's are: a picture and a number, by index."""
+
+    def __init__(self, labels, classes=("ape", "honey_bee", "cat"), targets=None):
+        self.labels, self.classes = labels, list(classes)
+        if targets is not None:
+            self.targets = targets
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (2, 2), (index,) * 3), self.labels[index]
+
+
+@pytest.mark.parametrize("targets", [None, [2, 0, 1, 1], torch.tensor([2, 0, 1, 1])], ids=["read", "list", "tensor"])
+def test_a_data_set_of_pictures_and_numbers_is_read_with_its_class_names(targets):
+    split = sharpscope.images(Items([2, 0, 1, 1], targets=targets), mean_color, name="pets")
+    assert torch.cat([batch.inputs for batch in split])[:, 0].tolist() == [0, 1, 2, 3]
+    assert (split.name, split.classes, split.targets.tolist()) == ("pets", ("ape", "honey bee", "cat"), [2, 0, 1, 1])
+    other = sharpscope.images(Items([2, 0, 1, 1]), mean_color, classes=["cat", "ape", "honey bee"], limit=3)
+    assert len(other) == 3
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (Items([0, "ape"]), "has the label 'ape'\n  fix: class numbers"),
+        (Items([0, -1]), "has the label -1"),
+        (Items([0, 3]), "has the label 3, there are names for 3 classes"),
+        (Items([0, 1], classes=()), "the labels have no names"),
+    ],
+)
+def test_a_data_set_of_pictures_without_usable_labels_is_named(items, message):
+    with pytest.raises(DataError, match=message):
+        sharpscope.images(items, mean_color)
+    if items.classes == []:
+        assert sharpscope.images(items, mean_color, classnames={"0": "ape", "1": "bee"}).classes == ("ape", "bee")
+
+
+def test_a_folder_of_archives_names_the_prefix(tmp_path):
+    import archives
+
+    root = archives.webdataset(tmp_path / "wds", {"test/0": [0, 1]})
+    for place in (root, root / "test"):
+        with pytest.raises(DataError, match=r"holds archives \(0.tar\) and no class folders\n  fix: wds:"):
+            sharpscope.images(str(place), mean_color)

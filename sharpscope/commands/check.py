@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sharpscope.detectors import GateResult, check
 from sharpscope.detectors.documents import as_json, junit, markdown
-from sharpscope.errors import UsageError
-from sharpscope.journal import replace_text
+from sharpscope.documents import write_documents
 from sharpscope.result import open_result
 
 DOCUMENTS = {"junit": junit, "json": as_json, "md": markdown}
@@ -27,18 +26,9 @@ def gate(folder: str | Path, rules: str | Path, documents: Mapping[str, str | No
     Raises
     ------
     UsageError
-        For rules that cannot be meant, or a file that cannot be written.
+        For rules that cannot be meant, or a file that cannot be written; then none is.
     """
     found = check(open_result(folder), rules)
-    for kind, place in documents.items():
-        if place is not None:
-            _write(Path(place), DOCUMENTS[kind](found))
+    wanted = {kind: Path(place) for kind, place in documents.items() if place is not None}
+    write_documents({place: DOCUMENTS[kind](found) for kind, place in wanted.items()})
     return found
-
-
-def _write(place: Path, text: str) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(place, text)
-    except OSError as error:
-        raise UsageError(f"{place} cannot be written: {error.strerror}", "name another file") from error

@@ -11,6 +11,7 @@ import pandas as pd
 
 from sharpscope.comparison import Comparison
 from sharpscope.comparison import diff as comparison
+from sharpscope.documents import write_documents
 from sharpscope.result import open_result
 
 SHOWN = 12  # rows of a table; the JSON has all
@@ -21,9 +22,7 @@ def compared(first: str, second: str, file: str | None = None) -> str:
     """Return the comparison of two folders as text; write all of it to a JSON file if one is named."""
     found = comparison(open_result(first), open_result(second))
     if file is not None:
-        beside = Path(f"{file}.part")
-        beside.write_text(found.to_json() + "\n", encoding="utf-8")
-        beside.replace(file)
+        write_documents({Path(file): found.to_json() + "\n"})
     return "\n".join([f"first:  {first}", f"second: {second}", *_lines(found)])
 
 

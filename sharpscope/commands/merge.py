@@ -116,6 +116,8 @@ def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]
     """
     write_plan(job.plan, out, predicted=job.predicted, overwrite=overwrite)
     yield f"merged: {out}"
+    if job.plan.mixes_text and job.result and job.result.meta.get("objective", "image") != "image":
+        yield "text tower: mixed as the scan mixed it, its own alpha for each of its layers"
     ends = _references(job, Path(out).absolute())
     model = _reloaded(job, ends)
     if isinstance(model, str):

@@ -52,18 +52,25 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
         chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
     )
     read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
-    id_split = read(chosen.id, name="id", classnames=id_names, classes=getattr(zero_shot, "classes", None))
+    id_split = read(
+        chosen.id,
+        name="id",
+        classnames=id_names,
+        classes=getattr(zero_shot, "classes", None),
+        captions=chosen.captions and chosen.sharpness_on is None,
+    )
 
-    def read_other(place: str, name: str) -> Split:
+    def read_other(place: str, name: str, captions: bool = False) -> Split:
         own = names if is_folder(place) else None
-        return read(place, name=name, classes=id_split.classes, classnames=own, subset=chosen.subset)
+        known = id_split.classes
+        return read(place, name=name, classes=known, classnames=own, subset=chosen.subset, captions=captions)
 
     return Material(
         zero_shot=zero_shot,
         fine_tuned=fine_tuned,
         id=id_split,
         ood={name: read_other(place, name) for name, place in chosen.ood.items()},
-        sharpness_on=read_other(chosen.sharpness_on, "sharpness") if chosen.sharpness_on else None,
+        sharpness_on=read_other(chosen.sharpness_on, "sharpness", chosen.captions) if chosen.sharpness_on else None,
     )
 
 
@@ -89,7 +96,8 @@ def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]
 
 def measures(chosen: Settings) -> tuple[Measure, ...]:
     """Return the measures, with the settings' target errors and size of groups."""
-    return tuple(_as_set(measure, chosen) for measure in measures_from(chosen.measures))
+    group = chosen.batch_size if chosen.objective == "contrastive" else None
+    return tuple(_as_set(measure, chosen) for measure in measures_from(chosen.measures, group))
 
 
 def _as_set(measure: Measure, chosen: Settings) -> Measure:
@@ -114,6 +122,7 @@ def plan_line(chosen: Settings) -> str:
         chosen.batch_size,
         chosen.granularity,
         chains=chosen.chains,
+        objective=chosen.objective,
     )
     job = prepare(
         (found.zero_shot, found.fine_tuned),
@@ -148,6 +157,7 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         alphas=chosen.alphas,
         measures=measures(chosen),
         sharpness_on=found.sharpness_on,
+        objective=chosen.objective,
         limit=chosen.limit,
         batch_size=chosen.batch_size,
         granularity=chosen.granularity,

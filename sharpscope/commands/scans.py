@@ -44,6 +44,13 @@ def report(
     sharpness_on: Annotated[
         str | None, typer.Option(metavar="DATA", help="Images that sharpness is measured on, e.g. training images.")
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="image|both|contrastive", help="Image tower and head; both towers; FLYP's loss on both."),
+    ] = None,
+    captions: Annotated[
+        bool | None, typer.Option("--captions", help="Contrastive: captions of the data, not class prompts.")
+    ] = None,
     classnames: Annotated[
         str | None, typer.Option(metavar="FILE", help="Words of the class folders: JSON, CSV, or a line each.")
     ] = None,

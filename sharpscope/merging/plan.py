@@ -49,6 +49,8 @@ class MergePlan:
         Key -> layer id, :data:`BUFFERS` for integers.
     alphas
         Layer id -> alpha, in depth order.
+    remarks
+        What else the result must be read with.
     """
 
     zero_shot: Weights
@@ -58,6 +60,7 @@ class MergePlan:
     partners: Mapping[str, str]
     homes: Mapping[str, str]
     alphas: Mapping[str, float]
+    remarks: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[Line]:
         """Yield the table, layer by layer; integers last, with the alpha of the source that they are copied from."""
@@ -121,9 +124,14 @@ class MergePlan:
         return end
 
     @property
+    def mixes_text(self) -> bool:
+        """Whether layers of a text tower lie between the ends."""
+        return any(layer.startswith("text") and alpha not in (0.0, 1.0) for layer, alpha in self.alphas.items())
+
+    @property
     def notes(self) -> list[str]:
         """What the result must be read with."""
-        return [*self._casts(), *self._statistics(), *self._left_out()]
+        return [*self.remarks, *self._casts(), *self._statistics(), *self._left_out()]
 
     def _casts(self) -> Iterator[str]:
         kinds = {

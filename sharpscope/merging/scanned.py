@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from sharpscope.models.weights import Weights, read_weights
 from sharpscope.recipe import Recipe
 from sharpscope.tree import fingerprint
 
+_HEADS = (
+    "the text towers are mixed, where the scan mixed the two heads that they make: not quite the same function between "
+    "the ends; a scan with --objective both (objective='both') is of what is written here"
+)
 _ROLES = {"zero_shot": "zero-shot", "fine_tuned": "fine-tuned"}
 
 
@@ -61,7 +66,14 @@ def scanned_plan(
     """
     start = _verified("zero_shot", meta["models"]["zero_shot"], zero_shot)
     end = _verified("fine_tuned", meta["models"]["fine_tuned"], fine_tuned)
-    return merge_plan(start, end, recipe, granularity=meta["granularity"], scanned=meta.get("partition"))
+    plan = merge_plan(start, end, recipe, granularity=meta["granularity"], scanned=meta.get("partition"))
+    return replace(plan, remarks=(_HEADS,)) if _scan_mixed_heads(meta, plan) else plan
+
+
+def _scan_mixed_heads(meta: Mapping[str, Any], plan: MergePlan) -> bool:
+    """Return whether the scan mixed the heads of two text towers, which the merge mixes themselves."""
+    moves = meta["layers"].get("head", {}).get("delta_norm", 0.0) > 0
+    return moves and plan.mixes_text and "head" not in plan.alphas
 
 
 def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> Weights:

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line, imported
-from sharpscope.models.tensors import read_tensors
+from sharpscope.models.tensors import Tensors, read_tensors
 from sharpscope.models.transfer import check_finite_weights
 from sharpscope.models.weight_files import UNREADABLE, is_pickled_code
 
@@ -76,7 +78,11 @@ def read_config(where: str) -> dict[str, Any]:
         except UNREADABLE as error:
             raise _unreachable(where, error) from error
     if not found:
-        raise ModelError(f"{where} has no config.json", SHARED_FILES)
+        below = sorted(file.parent for file in Path(where).glob("*/config.json"))  # runs of a Trainer
+        raise ModelError(
+            f"{where} has no config.json" + (f", {len(below)} directories in it have" if below else ""),
+            f"one of them: {below[-1]}" if below else SHARED_FILES,
+        )
     return found
 
 
@@ -105,7 +111,7 @@ def read_model(where: str, kind: str) -> Any:
         If files are missing, damaged, pickled code, or do not hold every weight.
     """
     if Path(where).is_dir():
-        read_tensors(Path(where))  # a missing shard, unmerged adapters and code are named there
+        _check_whole_numbers(where, read_tensors(Path(where)))  # a missing shard, adapters and code are named there
     with quiet():
         try:
             model, info = getattr(transformers(), kind).from_pretrained(
@@ -117,6 +123,17 @@ def read_model(where: str, kind: str) -> Any:
     model = model.float().eval()
     check_finite_weights(model, where)
     return model
+
+
+def _check_whole_numbers(where: str, tensors: Tensors) -> None:
+    """Raise if a weight has one byte: transformers casts it without its scale, to other weights."""
+    for name in tensors:
+        dtype = tensors.dtype(name)
+        if dtype.itemsize == 1 and dtype != torch.bool:
+            raise ModelError(
+                f"{where}: {name!r} is {dtype}, not a floating-point number of 16 bits or more",
+                "save the model before it is quantised",
+            )
 
 
 def _check_complete(where: str, info: dict[str, Any], kind: str) -> None:

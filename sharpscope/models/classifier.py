@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn.functional import normalize
 from sharpscope.errors import DataError
 
 ImageFeatures = Callable[[nn.Module, Tensor], Tensor]
+TextFeatures = Callable[[Any, Mapping[str, Tensor]], Tensor]
+TEXTS = 256  # encoded at once
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,23 @@ class ImageClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return logits (n, classes) of images (n, 3, height, width)."""
-        if pixel_values.shape[1:] != (3, *self._size):
-            raise DataError(
-                f"the images are {tuple(pixel_values.shape[1:])}, the model takes {(3, *self._size)}",
-                "sharpscope.folder(path, model) applies the model's own preprocessing",
-            )
+        check_pixels(pixel_values, self._size)
         logits: Tensor = self.logit_scale.exp() * self.head(normalize(self._features(self, pixel_values), dim=-1))
         return logits if self.logit_bias is None else logits + self.logit_bias
+
+
+def check_pixels(pixel_values: Tensor, size: tuple[int, int]) -> None:
+    """Raise ``DataError`` unless these are preprocessed images (n, 3, height, width) of the model's size."""
+    if not pixel_values.is_floating_point():
+        raise DataError(
+            f"the images are {pixel_values.dtype}, not scaled and normalised as the model takes them",
+            "sharpscope.folder(path, model), sharpscope.images(dataset, model), or model.preprocess on each picture",
+        )
+    if pixel_values.shape[1:] != (3, *size):
+        raise DataError(
+            f"the images are {tuple(pixel_values.shape[1:])}, the model takes {(3, *size)}",
+            "sharpscope.folder(path, model) applies the model's own preprocessing",
+        )
 
 
 def mean_direction(features: Tensor, classes: int) -> Tensor:

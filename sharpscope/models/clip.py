@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import DataError, UsageError
-from sharpscope.models.classifier import Head, ImageClassifier, fixed_head, mean_direction
+from sharpscope.models.classifier import TEXTS, Head, ImageClassifier, fixed_head, mean_direction
 from sharpscope.models.conversion import CONVERSIONS
 from sharpscope.models.library import ClipLibrary
 from sharpscope.models.openclip import OpenClip, as_own
+from sharpscope.models.templates import prompted
 from sharpscope.models.tensors import Renamed, stored_head, without_head
 from sharpscope.models.transfer import (
     check_same_library,
@@ -29,8 +30,6 @@ from sharpscope.models.transfer import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_TEXTS = 256  # encoded at once
 
 
 class ClipModel:
@@ -190,6 +189,7 @@ def zero_shot_head(clip: ClipLibrary, words: ClipLibrary, classes: Sequence[str]
     classes, templates
         Every class is put into every template.
     """
-    texts = [template.replace("{}", name) for name in classes for template in templates]
-    parts = [clip.text_features(words.tokens(texts[at : at + _TEXTS])) for at in range(0, len(texts), _TEXTS)]
+    texts = [text for prompts in prompted(classes, templates) for text in prompts]
+    tokens = (words.tokens(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS))
+    parts = [clip.text_features(clip.network, some) for some in tokens]
     return Head(mean_direction(torch.cat(parts), len(classes)))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from sharpscope.errors import DataError, MismatchError
+from sharpscope.errors import DataError, MismatchError, UsageError
+from sharpscope.losses import Towers
 from sharpscope.models.classification import LogitsModel
 from sharpscope.models.classifier import ImageClassifier
 from sharpscope.models.clip import ClipModel
 from sharpscope.models.library import module_facts
 from sharpscope.models.loading import Model, WeightsOnly
 from sharpscope.models.transfer import check_same_library
+from sharpscope.models.two_towers import TwoTowers
 
 _FIX = "a checkpoint and its fine-tuned self, saved with the same configuration"
 Difference = tuple[str, Any, Any]
@@ -98,11 +101,15 @@ def _resolved(zero_shot: Any, fine_tuned: Any) -> tuple[Model, Model]:
     return zero_shot, fine_tuned.like(zero_shot) if isinstance(fine_tuned, WeightsOnly) else fine_tuned
 
 
-def pair(zero_shot: Any, fine_tuned: Any, classes: Sequence[str] | None) -> tuple[nn.Module, nn.Module, list[str]]:
+def pair(
+    zero_shot: Any, fine_tuned: Any, classes: Sequence[str] | None, objective: Towers = "image"
+) -> tuple[nn.Module, nn.Module, list[str]]:
     """Return both ends of a path as classifiers with one frozen logit scale, and what a result must say about it.
 
-    The scale is the zero-shot model's, as are tokenizer and templates. Each head comes from its own text tower or from
-    its own file, and between the ends the heads themselves are interpolated, not the text towers.
+    The scale is the zero-shot model's, as are tokenizer and templates. With ``objective="image"`` each head comes from
+    its own text tower or from its own file, and between the ends the heads themselves are interpolated, not the text
+    towers. Else the text towers are, and heads are made of them at every point
+    (:class:`sharpscope.models.two_towers.TwoTowers`).
 
     Raises
     ------
@@ -110,11 +117,15 @@ def pair(zero_shot: Any, fine_tuned: Any, classes: Sequence[str] | None) -> tupl
         See :func:`check_compatible`.
     DataError
         If a CLIP has no class names to make its head from, or a head has other classes than the data.
+    UsageError
+        If both towers are asked of models that are no CLIPs, or that bring a head along.
     """
     start, end = _resolved(zero_shot, fine_tuned)
     check_compatible(start, end)
     notes = [*start.notes, *end.notes]
     if isinstance(start, LogitsModel) and isinstance(end, LogitsModel):
+        if objective != "image":
+            raise UsageError(f"objective={objective!r}: {start.name} has no text tower", "objective='image', or CLIPs")
         return start.classifier(classes), end.classifier(classes), notes
     assert isinstance(start, ClipModel)
     assert isinstance(end, ClipModel)
@@ -123,7 +134,10 @@ def pair(zero_shot: Any, fine_tuned: Any, classes: Sequence[str] | None) -> tupl
             f"{start.name} is a CLIP and needs class names for its head, the ID data has none",
             "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
         )
-    return (*_classifiers(start, end, classes), [*notes, *_scale_notes(start, end)])
+    notes += _scale_notes(start, end)
+    if objective == "image":
+        return (*_classifiers(start, end, classes), [*notes, *_head_notes(start, end)])
+    return (*_two_towers(start, end, classes, objective), [*notes, *_tower_notes(start, end, classes)])
 
 
 def _classifiers(start: ClipModel, end: ClipModel, classes: Sequence[str]) -> tuple[ImageClassifier, ImageClassifier]:
@@ -134,6 +148,51 @@ def _classifiers(start: ClipModel, end: ClipModel, classes: Sequence[str]) -> tu
     if first.logit_bias is None or second.logit_bias is None:
         first.logit_bias = second.logit_bias = None  # one number for all classes: no probability changes
     return first, second
+
+
+def _two_towers(
+    start: ClipModel, end: ClipModel, classes: Sequence[str], objective: Towers
+) -> tuple[TwoTowers, TwoTowers]:
+    if headed := next((model.name for model in (start, end) if model.stored_head), None):
+        raise UsageError(
+            f"objective={objective!r}: {headed} brings a head along, which no text tower makes",
+            "objective='image', or a checkpoint with both towers and without a head",
+        )
+    if not classes or isinstance(classes, str):
+        raise UsageError(f"classes={classes!r}: needs a list of class names", "e.g. ['cat', 'dog']")
+    scale, bias = start.network.logit_scale, getattr(start.network, "logit_bias", None)
+    first, second = (
+        TwoTowers(model.library, start.library, classes, start.templates, scale, logit_bias=bias)
+        for model in (start, end)
+    )
+    return first, second
+
+
+def _text_tower_moves(start: ClipModel, end: ClipModel) -> bool:
+    """Return whether the text towers differ."""
+    image_side = start.library.towers
+    ends = (model.network.state_dict() for model in (start, end))
+    first, second = ({n: t for n, t in end.items() if n.partition(".")[0] not in image_side} for end in ends)
+    return any(not n.startswith("logit_") and not torch.equal(t, second[n]) for n, t in first.items())
+
+
+def _head_notes(start: ClipModel, end: ClipModel) -> list[str]:
+    if start.stored_head or end.stored_head or not _text_tower_moves(start, end):
+        return []
+    return [
+        "the text towers differ: between the ends this scan mixes the two heads that they make (layer 'head'), while a "
+        "merge mixes the towers themselves; --objective both (objective='both') scans what a merge writes"
+    ]
+
+
+def _tower_notes(start: ClipModel, end: ClipModel, classes: Sequence[str]) -> list[str]:
+    notes = [
+        f"both towers move: the head is made by the text tower at every alpha, of {len(classes)} classes x "
+        f"{len(start.templates)} templates"
+    ]
+    if not _text_tower_moves(start, end):
+        notes.append("the text tower is the same in both models: its layers have sharpness, but do not move")
+    return notes
 
 
 def _scale_notes(start: ClipModel, end: ClipModel) -> list[str]:

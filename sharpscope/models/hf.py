@@ -16,7 +16,7 @@ from sharpscope.models.library import plain
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sharpscope.models.classifier import ImageFeatures
+    from sharpscope.models.classifier import ImageFeatures, TextFeatures
 
 # What changes the function without changing a shape comes first; two of these load silently into each other.
 _TOWER = (
@@ -54,6 +54,12 @@ def _pooled(towers: Any, images: Tensor) -> Tensor:
     return features
 
 
+def _texts(clip: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    found = clip.get_text_features(**tokens)
+    features: Tensor = getattr(found, "pooler_output", found)  # an object since transformers 5, a tensor before
+    return features
+
+
 class TransformersClip:
     """A ``CLIPModel`` or ``SiglipModel``; see :class:`sharpscope.models.library.ClipLibrary`."""
 
@@ -86,19 +92,18 @@ class TransformersClip:
         """See :class:`sharpscope.models.library.ClipLibrary`."""
         return _pooled if self._siglip else _projected
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
         """Return padded token ids and their mask; SigLIP reads all its places and has no mask."""
         longest = self.network.config.text_config.max_position_embeddings
         if self._siglip:
-            found = _token_ids(self.tokenizer, texts, longest, padding="max_length")
+            found = _token_ids(self.tokenizer, texts, longest, padding="max_length", cut=cut)
             return {"input_ids": found["input_ids"]}
-        return _token_ids(self.tokenizer, texts, longest, padding="longest")
+        return _token_ids(self.tokenizer, texts, longest, padding="longest", cut=cut)
 
-    def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return text features (n, width), not normalised."""
-        found = self.network.get_text_features(**tokens)
-        features: Tensor = getattr(found, "pooler_output", found)  # an object since transformers 5, a tensor before
-        return features
+    @property
+    def text_features(self) -> TextFeatures:
+        """See :class:`sharpscope.models.library.ClipLibrary`."""
+        return _texts
 
     def preprocess(self, image: Image) -> Tensor:
         """Return the image as the model takes it, (3, height, width) float32."""
@@ -132,17 +137,18 @@ class TransformersClip:
         return found
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], longest: int, padding: str) -> dict[str, Tensor]:
+def _token_ids(tokenizer: Any, texts: Sequence[str], longest: int, *, padding: str, cut: bool) -> dict[str, Tensor]:
     """Return padded token ids and their mask.
 
     Raises
     ------
     UsageError
-        If a text is longer than the text tower reads, or holds characters outside the vocabulary: CLIP's unknown
-        token is its end token, at which the tower stops reading.
+        If a text is longer than the text tower reads and not to be cut, or holds characters outside the vocabulary:
+        CLIP's unknown token is its end token, at which the tower stops reading.
     """
-    length = longest if padding == "max_length" else None
-    found = tokenizer(list(texts), padding=padding, max_length=length, return_attention_mask=True, return_tensors="pt")
+    length = longest if padding == "max_length" or cut else None
+    form = {"return_attention_mask": True, "return_tensors": "pt"}
+    found = tokenizer(list(texts), padding=padding, truncation=cut, max_length=length, **form)
     ids, mask = found["input_ids"], found["attention_mask"]
     for text, row, read in zip(texts, ids, mask, strict=True):
         used = row[read.bool()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sharpscope.models.classifier import ImageFeatures
+    from sharpscope.models.classifier import ImageFeatures, TextFeatures
 
 
 class ClipLibrary(Protocol):
@@ -42,12 +42,13 @@ class ClipLibrary(Protocol):
         """A function of a module that holds the towers, and images (n, 3, height, width): features (n, width)."""
         ...
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return what the text tower takes; ``UsageError`` if a text is too long or not in the vocabulary."""
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
+        """Return what the text tower takes; ``UsageError`` if a text is too long and not to be cut, or not readable."""
         ...
 
-    def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return text features (n, width), not normalised."""
+    @property
+    def text_features(self) -> TextFeatures:
+        """A function of a CLIP of this library and tokens: text features (n, width), not normalised."""
         ...
 
     def preprocess(self, image: Image) -> Tensor:

@@ -22,7 +22,7 @@ from sharpscope.models.transfer import check_finite_weights, library_of, load_in
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sharpscope.models.classifier import ImageFeatures
+    from sharpscope.models.classifier import ImageFeatures, TextFeatures
 
 CONFIG = "open_clip_config.json"
 _TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer.", "ln_final.")
@@ -31,6 +31,11 @@ _TEXT = ("text_projection", "positional_embedding", "token_embedding", "transfor
 def _visual(towers: Any, images: Tensor) -> Tensor:
     found = towers.visual(images)
     features: Tensor = found[0] if isinstance(found, tuple) else found  # CoCa returns its tokens, too
+    return features
+
+
+def _texts(clip: Any, tokens: Mapping[str, Tensor]) -> Tensor:
+    features: Tensor = clip.encode_text(tokens["text"])
     return features
 
 
@@ -72,11 +77,11 @@ class OpenClip:
         """See :class:`sharpscope.models.library.ClipLibrary`."""
         return _visual
 
-    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return padded token ids; open_clip itself would cut a text that is too long."""
+    def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
+        """Return padded token ids; open_clip itself cuts a text that is too long."""
         ids: Tensor = self.tokenizer(list(texts))
         longest = ids.shape[1]
-        for text, row in zip(texts, ids, strict=True):
+        for text, row in () if cut else zip(texts, ids, strict=True):
             if row[-1] != 0 and (used := self._length(text)) > longest:  # 0 pads where nothing was cut
                 raise UsageError(f"{text!r} has {used} tokens, the text tower reads {longest}", "shorten it")
         return {"text": ids}
@@ -88,10 +93,10 @@ class OpenClip:
         inner = getattr(self.tokenizer, "tokenizer", None)  # one of transformers inside
         return 0 if inner is None else len(inner(text)["input_ids"])
 
-    def text_features(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Return text features (n, width), not normalised."""
-        found: Tensor = self.network.encode_text(tokens["text"])
-        return found
+    @property
+    def text_features(self) -> TextFeatures:
+        """See :class:`sharpscope.models.library.ClipLibrary`."""
+        return _texts
 
     def preprocess(self, image: Image) -> Tensor:
         """Return the image as the model takes it, (3, height, width) float32."""

@@ -49,6 +49,15 @@ class Reference:
         return Path(self.weights) if Path(self.weights).is_file() else None
 
 
+_HUB = "https://huggingface.co/"
+# As clip.available_models() lists them -> open_clip's.
+_OPENAI = {
+    **{name: name for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")},
+    **{f"ViT-{size}": f"ViT-{size.replace('/', '-')}" for size in ("B/32", "B/16", "L/14")},
+    "ViT-L/14@336px": "ViT-L-14-336",
+}
+
+
 def parsed(ref: str | Path) -> Reference:
     """Return what a reference means.
 
@@ -57,7 +66,16 @@ def parsed(ref: str | Path) -> Reference:
     UsageError
         If it looks like a path and nothing is there, or it has no known form.
     """
+    if not isinstance(ref, str | Path):
+        raise UsageError(
+            f"a {type(ref).__name__} is no reference to a model",
+            f"{FORMS}; a module whose forward gives logits goes to scan as it is",
+        )
     text = str(ref)
+    if text in _OPENAI:
+        raise UsageError(f"{text!r} is OpenAI's name of a CLIP", f"oc:{_OPENAI[text]}/openai")
+    if text.startswith(_HUB):
+        raise UsageError(f"{text!r} is an address", f"hf:{'/'.join(text.removeprefix(_HUB).split('/')[:2])}")
     for kind in ("oc", "timm"):
         if text.startswith(f"{kind}:"):
             return _named(text, kind, text.removeprefix(f"{kind}:"))

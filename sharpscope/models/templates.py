@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sharpscope.errors import UsageError
@@ -20,6 +20,15 @@ def checked_templates(templates: Iterable[str]) -> tuple[str, ...]:
     if wrong := [template for template in found if template.count("{}") != 1]:
         raise UsageError(f"template {wrong[0]!r} has {wrong[0].count('{}')} places for the class name, not one", _FIX)
     return found
+
+
+def prompted(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """Return the sentences of each class.
+
+    >>> prompted(["cat"], ["a {}.", "the {}"])
+    [['a cat.', 'the cat']]
+    """
+    return [[template.replace("{}", name) for template in templates] for name in classes]
 
 
 def read_templates(path: str | Path) -> tuple[str, ...]:

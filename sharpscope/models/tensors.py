@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sharpscope.models.weights import Weights, weights_at
@@ -27,6 +28,10 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights.tensor(self._keys[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor without reading it."""
+        return self._weights.spec(self._keys[name]).dtype
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

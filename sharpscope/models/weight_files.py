@@ -25,7 +25,7 @@ UNREADABLE = (
     ValueError,
     RuntimeError,
     EOFError,
-    KeyError,
+    LookupError,
     TypeError,
     SafetensorError,
     pickle.UnpicklingError,
@@ -119,9 +119,31 @@ def damaged(place: Path, error: BaseException) -> ModelError:
     return ModelError(f"{place} cannot be read: {first_line(error)}", AGAIN)
 
 
+class _Besides:
+    """Stands for a number of numpy's, so that no code of numpy's is run for it."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _passed_over(module: str, name: str) -> type:
+    return type(name, (_Besides,), {"__module__": module})
+
+
+_NUMPY = [
+    _passed_over("numpy._core.multiarray", "scalar"),
+    _passed_over("numpy.core.multiarray", "scalar"),
+    _passed_over("numpy", "dtype"),
+]
+
+
 def _loaded(file: Path, device: str, *, mapped: bool) -> Any:
-    """Return what ``torch.save`` wrote, if it needs no code but ``argparse.Namespace``, which training loops put in."""
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+    """Return what ``torch.save`` wrote, if it needs no code but what training loops put beside weights.
+
+    That is ``argparse.Namespace``, and numpy's scalars, such as a best accuracy, which are passed over.
+    """
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]):
         warnings.simplefilter("ignore", UserWarning)  # that a file is of an unusual pickle protocol
         return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
 
@@ -133,6 +155,10 @@ def _unpickled(file: Path) -> dict[str, Any]:
         except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
             found = _loaded(file, "cpu", mapped=False)
     except pickle.UnpicklingError as error:
+        with file.open("rb") as opened:
+            head = opened.read(16)
+        if not head.startswith((b"\x80", b"PK")) and "GLOBAL" not in str(error):
+            raise ModelError(f"{file} is no file of weights, it begins with {head!r}", _STATE_DICT) from error
         raise _pickled(file, error) from error
     except UNREADABLE as error:
         if "TorchScript" in str(error):

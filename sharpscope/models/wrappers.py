@@ -9,7 +9,8 @@ from sharpscope.errors import ModelError
 
 KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # a state dict stands under one of these, ...
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # ... these are anywhere in a name, ...
-_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.")  # ... and these before every name.
+# ... and these before every name.
+_BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.", "clip_model.", "clip.", "backbone.")
 HEAD = "classification_head."  # WiSE-FT keeps it beside the model that it wraps
 
 

@@ -200,6 +200,8 @@ def provenance(result: ScanResult) -> Iterator[tuple[str, list[tuple[str, str]]]
     meta = result.meta
     yield "Models", [fact for role, facts in meta.get("models", {}).items() for fact in _model(_words(role), facts)]
     plan = {key: meta.get(key) for key in ("alphas", "seed", "alpha_convention")}
+    if meta.get("objective", "image") != "image":
+        plan["objective"] = f"{meta['objective']}, batches of {meta['plan']['batch_size']}"
     yield "Plan", [(_words(key), plain(value)) for key, value in plan.items()]
     yield "Measures", [(measure_name(name), plain(settings)) for name, settings in meta["measures"].items()]
     yield "Software and machine", [(_words(key), plain(value)) for key, value in meta.get("provenance", {}).items()]

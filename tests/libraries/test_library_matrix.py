@@ -28,6 +28,10 @@ def test_a_scan_of_one_alpha_runs(saved):
     matrix.check_scan(saved)
 
 
+def test_with_both_towers_the_text_layers_are_measured_too(saved):
+    matrix.check_two_towers(saved)
+
+
 @pytest.mark.filterwarnings("ignore:.* are batch-norm statistics")
 def test_a_merge_loads_again_in_the_library_without_a_key_too_many_or_too_few(saved, tmp_path):
     matrix.check_merge(saved, tmp_path / "merged")
