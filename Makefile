@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= sharpscope-demo
 BITMAPS ?= .glyph/bitmaps.npz
 
-.PHONY: demo test lint types format environment rivals bench study notebooks clean
+.PHONY: demo test lint types format environment rivals bench study notebooks docs clean
 
 environment:
 	@$(PYTHON) .ci/environment.py
@@ -41,6 +41,9 @@ endif
 
 notebooks: environment
 	$(BIN)/python tests/notebooks.py
+
+docs: environment
+	$(BIN)/python docs/reference.py build/docs
 
 clean:
 	rm -rf .venv .venv.lock .libraries build dist *.egg-info

@@ -17,6 +17,7 @@ from sharpscope.report.page import write
 from sharpscope.result import open_result
 
 SIZES = {1400: 2600, 400: 2600}
+HEAD = (1200, 810)  # for the README: the verdict and its table
 COLOURS = 256  # fewer, and two of the series become one colour
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
@@ -64,6 +65,7 @@ def main() -> None:
         page = write(open_result(chosen.scan), place)
         for theme in ("light", "dark"):
             copy = themed(page, Path(place), theme)
+            picture(browser, copy, chosen.out / f"report-{theme}.png", *HEAD)
             for width, height in SIZES.items():
                 file = chosen.out / f"report-{width}-{theme}.png"
                 picture(browser, copy, file, width, height)

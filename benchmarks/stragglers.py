@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,18 @@ def size(paths: int, draws: int) -> dict[str, Any]:
     return {**about, "unit": "percent", "rows": study(paths, draws)}
 
 
-def power(trials: int, strength: float, first: int) -> dict[str, Any]:
-    from plants import KINDS, trial
+def power(trials: int, strength: float, first: int, kinds: Sequence[str]) -> dict[str, Any]:
+    from plants import trial
 
     found = []
-    for kind in KINDS:
+    for kind in kinds:
         for seed in range(first, first + trials):
             found.append(trial(kind, seed, strength))
             print(found[-1], flush=True)
     counted = ("found", "first", "supported", "co_moves", "beyond_null", "others_flagged", "others_beyond_null")
     rates = {
         kind: {name: sum(getattr(t, name) for t in found if t.kind == kind) / trials for name in counted}
-        for kind in KINDS
+        for kind in kinds
     }
     return {
         "trials": trials,
@@ -59,10 +60,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--strength", type=float, default=1.0, help="of what is planted")
     parser.add_argument("--first-seed", type=int, default=1000, help="of the trials")
+    parser.add_argument("--kinds", nargs="+", default=["rescaled", "shuffled", "noise"], help="of plants")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     started, name = time.monotonic(), "size" if given.size else "power"
-    found = size(given.paths, given.draws) if given.size else power(given.trials, given.strength, given.first_seed)
+    found = (
+        size(given.paths, given.draws)
+        if given.size
+        else power(given.trials, given.strength, given.first_seed, given.kinds)
+    )
     about = {"machine": facts("cpu", 1), "versions": versions(), "seconds": round(time.monotonic() - started)}
     out = given.out or RESULTS / f"stragglers-{name}.json"
     out.write_text(json.dumps({**found, **about}, indent=1) + "\n")

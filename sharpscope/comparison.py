@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sharpscope.detectors.intervals import proportion
 from sharpscope.errors import MismatchError, SharpscopeError
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference, difference
-from sharpscope.table import reach
+from sharpscope.table import Array, reach
 
 ROUNDING = 1e-5  # relative: float32 sums in another order differ by this much without meaning it
 _LAYER_KEYS = ["measure", "layer", "split", "alpha"]
@@ -157,7 +158,7 @@ def _accuracy(first: ScanResult, second: ScanResult) -> pd.DataFrame:
     for alpha, split in sorted(mine.keys() & theirs.keys(), key=lambda place: (place[1], place[0])):
         paired = first.meta["splits"][split]["fingerprint"] == second.meta["splits"][split]["fingerprint"]
         a, b = mine[alpha, split], theirs[alpha, split]
-        gap = difference(b, a) if paired else _unpaired(a, b)
+        gap = difference(b, a) if paired else unpaired(a, b)
         low, high = gap.interval
         numbers = (100 * float(x) for x in (a.mean(), b.mean(), gap.value, low, high))
         rows.append((split, alpha, *numbers, paired, gap.sign != 0))
@@ -165,10 +166,13 @@ def _accuracy(first: ScanResult, second: ScanResult) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _unpaired(a: Any, b: Any) -> Difference:
-    """Return the difference of two accuracies on different images; a rate of 0 or 1 keeps an error of one image."""
-    variances = (max(x.mean() * (1 - x.mean()), 1 / len(x)) / len(x) for x in (a, b))
-    return Difference(float(b.mean() - a.mean()), math.sqrt(sum(variances)))
+def unpaired(a: Array, b: Array) -> Difference:
+    """Return the difference of two accuracies on different images, with Newcombe's interval (MOVER of Wilson's)."""
+    one, other = proportion(a), proportion(b)
+    gap = other.value - one.value
+    below = math.hypot(other.value - other.low, one.high - one.value)
+    above = math.hypot(other.high - other.value, one.value - one.low)
+    return Difference(gap, gap - below, gap + above)
 
 
 def _verdicts(first: ScanResult, second: ScanResult) -> pd.DataFrame:

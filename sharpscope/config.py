@@ -36,6 +36,7 @@ class Settings(BaseModel):
     subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
     measures: tuple[str, ...] = Field(default=DEFAULT, description="what is measured")
     tolerance: float = Field(default=1.0, gt=0, description="times the usual target errors: 2 is coarser and quicker")
+    m: int | None = Field(default=None, ge=1, description="images per group of m-sharpness; default 32")
     alphas: int | tuple[float, ...] = Field(default=11, description="number of points, or the points")
     limit: int | None = Field(default=256, description="most images that sharpness is measured on")
     images: int | None = Field(default=None, ge=1, description="most images of each set, drawn by class; default all")
@@ -46,6 +47,7 @@ class Settings(BaseModel):
         default=512, ge=2, description="most images per set that moves are judged on"
     )
     recipes: bool = Field(default=False, description="whether recipes with an alpha per layer are tried")
+    recipe_limit: int = Field(default=60, ge=1, description="most recipes that are tried")
     chains: int = Field(default=1, ge=1, description="runs of alphas that are measured independently of each other")
     parallel: Literal["data", "alphas", "weights"] | None = Field(
         default=None, description="what processes of torchrun share"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
+from sharpscope.detectors.intervals import proportion
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import Interval
 from sharpscope.result import ScanResult
@@ -28,12 +27,8 @@ def scanned_answers(result: ScanResult, recipe: Recipe) -> dict[str, Array]:
 
 def predicted_accuracy(answers: Mapping[str, Array]) -> dict[str, Interval]:
     """Return name of each data set -> 95 % Wilson interval of the accuracy, in %."""
-    return {split: _wilson(correct) for split, correct in answers.items()}
-
-
-def _wilson(correct: Array) -> Interval:
-    ends = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
-    return 100 * float(ends.low), 100 * float(ends.high)
+    found = {split: proportion(correct).scaled(100) for split, correct in answers.items()}
+    return {split: estimate.interval for split, estimate in found.items()}
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class ScanResult:
         found = candidates(self.cells, self.meta.get("recipes"), self.correct)
         return Contest(found, self.id_split, self.ood_splits, self.meta["seed"])
 
-    @property
+    @cached_property
     def recipes(self) -> pd.DataFrame:
         """One row per recipe that was tried, see :meth:`sharpscope.stragglers.recipes.Contest.frame`.
 

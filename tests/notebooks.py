@@ -22,7 +22,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = tuple(sorted(FOLDER.glob("*.ipynb")))
 SECONDS = 300  # for a cell; a notebook takes less than 90 on two free cores
-COLOURS, WIDTH = 64, 800  # of figures as they are kept
+WIDTH = 800  # of figures as they are kept
 MARK = "outputs_of"  # metadata: the code that the kept outputs belong to
 
 
@@ -45,12 +45,23 @@ def slim(notebook: NotebookNode) -> NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":  # progress has times in it, and warnings where they arose
-            cell.outputs = [_here(output) for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = _joined([_here(output) for output in cell.outputs if output.get("name") != "stderr"])
         for output in cell.get("outputs", ()):
             _shrink(output.get("data", {}))
     notebook.metadata[MARK] = code(notebook)
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Return the outputs with what was printed in several pieces as one: the pieces are a matter of timing."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def _here(output: NotebookNode) -> NotebookNode:
@@ -67,7 +78,7 @@ def _shrink(data: dict[str, Any]) -> None:
         found = picture.convert("RGB")
     found.thumbnail((WIDTH, 4 * WIDTH))
     buffer = io.BytesIO()
-    found.quantize(COLOURS).save(buffer, format="png", optimize=True)
+    found.save(buffer, format="png", optimize=True)
     data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import sharpscope.commands.report as command
-from sharpscope import cli, config, demo, doctor
+from sharpscope import config, demo, doctor
+from sharpscope._version import __version__
+from sharpscope.commands import scans
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.measures import measures_from
 from sharpscope.result import open_result
@@ -121,13 +123,20 @@ def test_help_is_light_and_needs_no_torch():
 
 
 def test_version(run):
-    assert run("--version") == (0, f"sharpscope {cli.__version__}\n", "")
+    assert run("--version") == (0, f"sharpscope {__version__}\n", "")
+
+
+def test_the_size_of_groups_is_that_of_the_measures_unless_it_is_given():
+    given = {"zero_shot": "a", "fine_tuned": "b", "id": "c", "measures": "m_sharpness,trace"}
+    for m, expected in ((None, [32]), (8, [8])):
+        found = command.measures(config.settings({**given, "m": m}))
+        assert [measure.m for measure in found if hasattr(measure, "m")] == expected
 
 
 def test_every_setting_has_a_flag_and_every_flag_of_a_setting_is_one():
-    flags = set(inspect.signature(cli.report).parameters) - {"folder", *cli._NO_SETTINGS}
+    flags = set(inspect.signature(scans.report).parameters) - {"folder", *scans.NO_SETTINGS}
     assert flags == set(config.Settings.model_fields)
-    assert config.Settings.model_fields["out"].default == cli.OUT
+    assert config.Settings.model_fields["out"].default == scans.OUT
 
 
 # --- settings
@@ -389,14 +398,14 @@ def test_report_on_the_demos_directories_gives_the_same_rows_as_demo(run, assets
         *("report", "--zero-shot", zero_shot, "--fine-tuned", fine_tuned, "--templates", assets / "templates.txt"),
         *("--id", images / "id", "--ood", f"sketch={images / 'sketch'}", "--sharpness-on", images / "train"),
         *("--alphas", demo.ALPHAS, "--limit", demo.IMAGES, "--tolerance", demo.TOLERANCE),
-        *("--batch-size", demo.IMAGES // 2),
+        *("--batch-size", demo.IMAGES // 2, "--measures", ",".join(demo.MEASURES), "--m", demo.GROUP),
         *("--threads", demo.THREADS),
         *("--out", tmp_path / "report"),
     )
     assert code == 0, err
     for name in ("layers.csv", "evals.csv", "stragglers.csv"):
         assert (tmp_path / "demo" / name).read_bytes() == (tmp_path / "report" / name).read_bytes()
-    assert len(pd.read_csv(tmp_path / "demo" / "layers.csv")) == 2 * 3 * 7  # alphas, measures, layers and the model
+    assert len(pd.read_csv(tmp_path / "demo" / "layers.csv")) == 2 * 4 * 7  # alphas, measures, layers and the model
 
 
 def test_the_two_demos_differ_in_the_fine_tuned_model_only(assets):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from planted import planted
 
-from sharpscope.comparison import diff
+from sharpscope.comparison import diff, unpaired
 from sharpscope.errors import MismatchError
 from sharpscope.result import ScanResult
 from sharpscope.table import Cell, Row
@@ -116,13 +116,20 @@ def test_accuracy_is_paired_on_the_same_images_and_not_on_others(one):
     row = found[found["changed"]]
     assert row[["split", "alpha", "change", "paired"]].values.tolist() == [["id", 0.5, pytest.approx(-6.0), True]]
     splits = {name: {**facts, "fingerprint": "other"} for name, facts in one.meta["splits"].items()}
-    unpaired = diff(one, ScanResult(cells, {**one.meta, "splits": splits})).accuracy
-    assert not unpaired["paired"].any()
-    assert not unpaired["changed"].any()  # 6 points of 200 other images are within sampling
+    apart = diff(one, ScanResult(cells, {**one.meta, "splits": splits})).accuracy
+    assert not apart["paired"].any()
+    assert not apart["changed"].any()  # 6 points of 200 other images are within sampling
     a, b = (float(row.iloc[0][name]) / 100 for name in ("first", "second"))
-    wide = unpaired.set_index(["split", "alpha"]).loc[("id", 0.5)]
-    expected = 100 * 1.959964 * np.sqrt(a * (1 - a) / 200 + b * (1 - b) / 200)
-    assert (wide["high"] - wide["low"]) / 2 == pytest.approx(expected, rel=1e-4)
+    wide = apart.set_index(["split", "alpha"]).loc[("id", 0.5)]
+    normal = 100 * 1.959964 * np.sqrt(a * (1 - a) / 200 + b * (1 - b) / 200)
+    assert (wide["high"] - wide["low"]) / 2 == pytest.approx(normal, rel=0.02)
+
+
+def test_the_difference_on_other_images_has_newcombes_interval():
+    """56 of 70 against 48 of 80: method 10 of Newcombe 1998, Statistics in Medicine 17, 873, table II (a)."""
+    first, second = np.arange(80) < 48, np.arange(70) < 56
+    found = unpaired(first, second)
+    assert (found.value, *found.interval) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
 def test_verdicts_that_changed_are_listed_with_both():

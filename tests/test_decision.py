@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from gates import evaluated
 
+from sharpscope.detectors import OODRegression
 from sharpscope.errors import UsageError
 from sharpscope.stragglers.correlation import COLUMNS, co_movement, ood_error
 from sharpscope.stragglers.paired import difference, mean_difference
@@ -59,13 +61,25 @@ def test_a_paired_difference_is_narrower_than_an_unpaired_one():
     found = difference(candidate, reference)
     changed = candidate.astype(float) - reference
     assert found.value == pytest.approx(changed.mean())
-    assert found.stderr == pytest.approx(changed.std(ddof=1) / math.sqrt(1000))
-    assert found.stderr < math.sqrt(2 * 0.24 / 1000) / 2
+    low, high = found.interval
+    normal = 2 * 1.96 * changed.std(ddof=1) / math.sqrt(1000)  # what it comes to with many images
+    assert high - low == pytest.approx(normal, rel=0.2)
+    assert high - low < 2 * 1.96 * math.sqrt(2 * 0.24 / 1000) / 2
 
 
 def test_full_agreement_is_not_certainty():
     same = np.array([True] * 10)
     assert difference(same, same).interval[1] > 0.1
+
+
+def test_gate_and_recommendation_quote_the_same_interval_of_the_same_change():
+    """One pair of models, one number: whichever door it leaves by."""
+    result = evaluated(planted(SUCCESS, n=300))
+    quoted = result.recommend().versus["zero-shot"]
+    for split in ("a", "mean OOD"):
+        finding = OODRegression(-1.0, split=split)(result)
+        assert finding.interval == pytest.approx([100 * end for end in quoted[split].interval])
+        assert finding.score == pytest.approx(100 * quoted[split].value)
 
 
 def test_the_interval_covers_the_planted_difference_as_often_as_it_says():

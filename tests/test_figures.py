@@ -167,6 +167,17 @@ def test_pareto_rings_what_was_chosen_and_counts_what_was_tried() -> None:
     assert "recipe chosen: straggler at 0.1" in labels
 
 
+def test_names_of_layers_that_lie_close_do_not_stand_on_each_other() -> None:
+    layers = {
+        name: {**facts, "delta_norm": 1.0 + i / 50} for i, (name, facts) in enumerate(FULL.meta["layers"].items())
+    }
+    drawn = ScanResult(FULL.cells, {**FULL.meta, "layers": layers}).plot.distance()
+    drawn.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.texts if text.get_text()]
+    assert len(boxes) >= 6
+    assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
 def test_distance_and_mean_curvature_are_the_planted_ones() -> None:
     found = ways(planted(**SMALLER))
     facts = FULL.meta["layers"]

@@ -22,6 +22,7 @@ from sharpscope.errors import UsageError
 from sharpscope.optim.activity import COLUMNS
 from sharpscope.report.exhibits import exhibits
 from sharpscope.report.page import render, write
+from sharpscope.report.tables import provenance
 from sharpscope.report.verdict import co_moving, verdict
 from sharpscope.result import ScanResult
 from sharpscope.summary import as_html, as_text
@@ -143,6 +144,29 @@ def test_each_rung_of_the_ladder_has_its_words(rung: str, words: str) -> None:
     verdicts = table["verdict"].where(table["layer"] != STRAGGLER, rung)
     result.__dict__["stragglers"] = table.assign(verdict=verdicts)
     assert co_moving(result).startswith(words)
+
+
+def test_without_sharpness_nothing_is_said_to_have_been_looked_for() -> None:
+    assert co_moving(RESULTS["no curvature"]).endswith("is not known: no sharpness was measured.")
+
+
+def test_a_stranger_is_told_what_alpha_is_and_what_to_do_next() -> None:
+    command = "sharpscope merge FOLDER --out merged"
+    for case, mixes in (("full", True), ("failure", False), ("no end point", False)):
+        text = Page(source(case)).text
+        assert "alpha is the share of the way from the zero-shot model (0) to the fine-tuned one (1)" in text
+        assert (command in text) == mixes, case
+
+
+def test_each_fact_of_a_model_has_a_line_and_none_is_said_twice() -> None:
+    meta = {**FULL.meta, "models": {"zero_shot": {"name": "runs/zs", "path": "runs/zs", "hash": "0a1b"}}}
+    facts = dict(dict(provenance(ScanResult(FULL.cells, meta)))["Models"])
+    assert facts == {"zero shot": "runs/zs", "zero shot: hash": "0a1b"}
+
+
+def test_on_a_phone_each_number_of_the_verdict_table_says_what_it_is() -> None:
+    cells = [found for tag, found in Page(source("full")).tags if tag == "td" and found.get("data-label")]
+    assert {str(found["data-label"]) for found in cells} >= {"zero-shot", "fine-tuned", "change against fine-tuned"}
 
 
 def test_the_verdict_says_whether_an_alpha_per_layer_is_better() -> None:

@@ -172,6 +172,10 @@ BREAKAGES = {
         "comparison.py", 'one + other if "lambda" in measure else', "",
         "test_comparison.py::test_errors_of_means_add_in_squares_and_bounds_of_eigenvalues_add",
     ),
+    "a paired interval forgets the limit": (
+        "stragglers/paired.py", "variance = n * (2 * share + gap * (1 - gap))", "variance = n * 2 * share",
+        "test_gate_rates.py::test_the_score_statistic_is_that_of_the_restricted_maximum_likelihood",
+    ),
 }  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""What each command does, without parsing and printing."""
+"""The commands: their flags (loaded at once, light), and what each does, without parsing and printing."""

@@ -21,6 +21,7 @@ from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
+from sharpscope.perturbation import MSharpness
 from sharpscope.plan import Plan, alphas_from
 from sharpscope.precision import deterministic_algorithms
 from sharpscope.preparation import prepare
@@ -28,6 +29,7 @@ from sharpscope.ranks import launched
 from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
+from sharpscope.search import RecipeSearch
 from sharpscope.sources import WEBDATASET, images, is_folder
 from sharpscope.webdataset import archive_templates
 
@@ -94,16 +96,19 @@ def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]
 
 
 def measures(chosen: Settings) -> tuple[Measure, ...]:
-    """Return the measures, the target errors of those that stop at one times the settings' tolerance."""
+    """Return the measures, with the settings' target errors and size of groups."""
     group = chosen.batch_size if chosen.objective == "contrastive" else None
-    return tuple(_coarser(measure, chosen.tolerance) for measure in measures_from(chosen.measures, group))
+    return tuple(_as_set(measure, chosen) for measure in measures_from(chosen.measures, group))
 
 
-def _coarser(measure: Measure, times: float) -> Measure:
+def _as_set(measure: Measure, chosen: Settings) -> Measure:
+    times = chosen.tolerance
     if isinstance(measure, Trace):
         return replace(measure, relative=measure.relative * times, absolute=measure.absolute * times)
     if isinstance(measure, Eigenvalue):
         return replace(measure, tolerance=measure.tolerance * times)
+    if isinstance(measure, MSharpness) and chosen.m is not None:
+        return replace(measure, m=chosen.m)
     return measure
 
 
@@ -162,7 +167,7 @@ def _scanned(chosen: Settings, found: Material, fresh: bool, progress: bool | No
         memory=chosen.memory,
         interventions=chosen.interventions,
         intervention_limit=chosen.intervention_limit,
-        recipes=chosen.recipes,
+        recipes=RecipeSearch(chosen.recipe_limit) if chosen.recipes else False,
         seed=chosen.seed,
         out=chosen.out,
         fresh=fresh,

@@ -12,13 +12,17 @@ from typing import Literal
 
 from sharpscope.config import Settings
 from sharpscope.errors import SharpscopeError
+from sharpscope.measures import DEFAULT
 
 Kind = Literal["success", "failure"]
 ASSETS = Path(str(files(__name__) / "assets"))
 ID, SHARPNESS = "id", "train"  # sets of the archive that are not OOD
 ALPHAS = 11
+MEASURES = (*DEFAULT, "directional")
 IMAGES = 72  # that sharpness is measured on: two of each class
+GROUP = 8  # images of a group of m-sharpness: nine groups, so that its error is known to a quarter of itself
 MOVED = 96  # images of each set that moves of single layers are judged on
+RECIPES = 24  # tried: all kinds of them, and the first steps of the search layer by layer
 TOLERANCE = 3.0  # times the usual target errors: standard errors of 15 % show on every curve, in a ninth of the time
 THREADS = 1  # tensors this small gain nothing from a second thread, and lose where others use the machine too
 _MARK = ".archive"  # in an unpacked folder: the hash of its archive
@@ -74,11 +78,15 @@ def settings(out: str | Path, kind: Kind = "success") -> Settings:
         templates=str(_asset("templates.txt")),
         tolerance=TOLERANCE,
         threads=THREADS,
+        measures=MEASURES,
+        m=GROUP,
         alphas=ALPHAS,
         limit=IMAGES,
         batch_size=IMAGES // 2,  # each half has trace probes of its own
         interventions=True,
         intervention_limit=MOVED,
+        recipes=True,
+        recipe_limit=RECIPES,
         out=str(out),
     )
 

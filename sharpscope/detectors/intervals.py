@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from sharpscope.detectors.findings import Limits
-from sharpscope.stragglers.paired import Z95
+from sharpscope.stragglers.paired import Z95, Difference, counted, disagreements, mean_difference, score
 from sharpscope.table import Array
 
 POWER = 0.8  #: with which the images asked for decide, if the number found is the true one
@@ -85,42 +85,15 @@ def average(values: Array) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def score(gained: float, lost: float, n: int, gap: float) -> float:
-    """Return the score statistic of the hypothesis that a paired difference of proportions is ``gap``.
-
-    Of n images one model is alone right on ``gained``, the other on ``lost``. At a gap of 0 this is McNemar's
-    statistic. Source: Tango 1998, Statistics in Medicine 17, 891.
-    """
-    linear = 2 * n * gap - gained - lost - (gained - lost) * gap
-    constant = -lost * gap * (1 - gap)
-    share = (math.sqrt(max(linear * linear - 8 * n * constant, 0.0)) - linear) / (4 * n)  # of the lost, under gap
-    variance = n * (2 * share + gap * (1 - gap))
-    distance = gained - lost - n * gap
-    return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0
-
-
 def paired_proportion(candidate: Array, reference: Array) -> PairedProportion:
     """Return the difference in share of true entries on the same images, see :func:`paired_counts`."""
-    gained, lost = int((candidate & ~reference).sum()), int((reference & ~candidate).sum())
-    return paired_counts(gained, lost, len(candidate))
+    return paired_counts(*disagreements(candidate, reference), len(candidate))
 
 
 def paired_counts(gained: int, lost: int, n: int) -> PairedProportion:
-    """Return ``(gained - lost) / n`` with Tango's score interval.
-
-    Where two models disagree on few images the normal interval is lopsided: of 1000 images, 5 lost in truth and a limit
-    of -0.5 points, it passes 12 % of the candidates that it should pass 2.5 % of; this one 0.7 %.
-    """
-    value = (gained - lost) / n
-
-    def end(z: float, outer: float) -> float:
-        def beyond(gap: float) -> float:
-            return score(gained, lost, n, gap) - z
-
-        inside = outer * (1 - 1e-12)  # the variance is 0 at -1 and 1
-        return outer if beyond(inside) * z <= 0 else float(optimize.brentq(beyond, inside, value))
-
-    return PairedProportion(value, end(Z95, -1.0), end(-Z95, 1.0), n, gained, lost)
+    """Return ``(gained - lost) / n`` with Tango's score interval, see :func:`sharpscope.stragglers.paired.counted`."""
+    found = counted(gained, lost, n)
+    return PairedProportion(found.value, found.low, found.high, n, gained, lost)
 
 
 def paired_average(candidate: Array, reference: Array) -> Estimate:
@@ -129,15 +102,8 @@ def paired_average(candidate: Array, reference: Array) -> Estimate:
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean over independent data sets, each weighing the same.
-
-    The distances of the ends add in squares, on each side for itself, so that lopsided intervals stay so (MOVER; Zou
-    and Donner 2008, Statistics in Medicine 27, 1693).
-    """
+    """Return the mean over independent data sets, see :func:`sharpscope.stragglers.paired.mean_difference`."""
     if len(estimates) == 1:
         return estimates[0]
-    k = len(estimates)
-    value = math.fsum(e.value for e in estimates) / k
-    below = math.hypot(*(e.value - e.low for e in estimates)) / k
-    above = math.hypot(*(e.high - e.value for e in estimates)) / k
-    return Estimate(value, value - below, value + above, sum(e.n for e in estimates))
+    found = mean_difference([Difference(e.value, e.low, e.high) for e in estimates])
+    return Estimate(found.value, found.low, found.high, sum(e.n for e in estimates))

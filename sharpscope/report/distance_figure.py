@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+from matplotlib.transforms import Bbox
 
 from sharpscope.errors import UsageError
-from sharpscope.report.canvas import GRID, MUTED, PAPER, SERIES, Look, axes, literal, place_in, styled
+from sharpscope.report.canvas import GRID, MUTED, PAPER, SERIES, Look, axes, literal, number_ticks, place_in, styled
 from sharpscope.report.curves import layer_grid, measures
-from sharpscope.report.words import alpha_text, layer_name, shortened
+from sharpscope.report.words import alpha_text, layer_name, shortened, significant
 from sharpscope.result import ScanResult
 from sharpscope.table import MODEL, Array, reach
 
+SMALL = 7.0  # size of names
+SIDES = (("left", 5.0, 3.0), ("right", -5.0, 3.0), ("left", 5.0, -9.0), ("right", -5.0, -9.0), ("center", 0.0, 8.0))
 NAMED = 12  # layers with their names beside the dot
 KINDS = ("directional", "gauss_newton_directional", "trace", "gauss_newton_trace")  # the first one in the scan is drawn
 
@@ -119,6 +123,7 @@ def _finish(ax: Axes, found: Ways) -> None:
         ax.plot(places, 2 * level / places**2, color=GRID, linewidth=0.9, zorder=0)
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
+    _number_axes(ax)
     ax.set_xlabel("distance moved, ‖delta‖ of the layer")
     kind = "curvature along the layer's own delta" if found.along else "mean curvature (trace by number of weights)"
     ax.set_ylabel(f"{kind}\nat alpha {alpha_text(found.alpha)}, per unit of way squared")
@@ -126,9 +131,31 @@ def _finish(ax: Axes, found: Ways) -> None:
 
 
 def _names(ax: Axes, found: Ways) -> None:
+    """Name the layers that weigh most, each on the first side of its dot where no other name stands."""
     ranked = np.argsort(-np.abs(found.rise), kind="stable")[:NAMED]
+    taken: list[Bbox] = []
     for i in ranked:
         if found.curvature[i] != 0 and found.layers[i] != MODEL:
-            place = (found.distance[i], abs(found.curvature[i]))
-            offset: Look = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": 7}
-            literal([ax.annotate(shortened(layer_name(found.layers[i]), 28), place, **offset)])
+            place, text = (found.distance[i], abs(found.curvature[i])), shortened(layer_name(found.layers[i]), 28)
+            dot = ax.transData.transform(place) * 72 / ax.figure.dpi
+            side, box = next(
+                ((side, box) for side in SIDES if not (box := _box(dot, text, side)).count_overlaps(taken)),
+                (SIDES[0], _box(dot, text, SIDES[0])),
+            )
+            taken.append(box)
+            offset: Look = {"textcoords": "offset points", "xytext": side[1:], "ha": side[0], "fontsize": SMALL}
+            literal([ax.annotate(text, place, **offset)])
+
+
+def _box(dot: Array, text: str, side: tuple[str, float, float]) -> Bbox:
+    """Return about where a name would stand, in points."""
+    width, (x, y) = 0.62 * SMALL * len(text), dot + side[1:]
+    left = x - {"left": 0.0, "center": 0.5, "right": 1.0}[side[0]] * width
+    return Bbox.from_bounds(left, y, width, SMALL)
+
+
+def _number_axes(ax: Axes) -> None:
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        ticks = number_ticks(low, high)
+        axis.set_ticks(ticks, [significant(tick) for tick in ticks])
+        axis.set_minor_locator(NullLocator())

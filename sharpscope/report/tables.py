@@ -21,6 +21,7 @@ from sharpscope.report.words import (
     p_text,
     percent,
     points,
+    shortened,
     significant,
     with_error,
 )
@@ -197,7 +198,7 @@ def _words(key: object) -> str:
 def provenance(result: ScanResult) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield groups of facts: models, plan, measures, software and machine, cost; what is not recorded says so."""
     meta = result.meta
-    yield "Models", [(_words(role), plain(facts)) for role, facts in meta.get("models", {}).items()]
+    yield "Models", [fact for role, facts in meta.get("models", {}).items() for fact in _model(_words(role), facts)]
     plan = {key: meta.get(key) for key in ("alphas", "seed", "alpha_convention")}
     if meta.get("objective", "image") != "image":
         plan["objective"] = f"{meta['objective']}, batches of {meta['plan']['batch_size']}"
@@ -205,6 +206,14 @@ def provenance(result: ScanResult) -> Iterator[tuple[str, list[tuple[str, str]]]
     yield "Measures", [(measure_name(name), plain(settings)) for name, settings in meta["measures"].items()]
     yield "Software and machine", [(_words(key), plain(value)) for key, value in meta.get("provenance", {}).items()]
     yield "Cost", [(_words(key), _cost(key, value)) for key, value in meta.get("cost", {}).items()]
+
+
+def _model(role: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a model is: its name, then a line a fact; a path that is the name is not said again."""
+    yield role, plain(facts.get("name"))
+    for key, value in facts.items():
+        if key != "name" and not (key == "path" and value == facts.get("name")):
+            yield f"{role}: {_words(key)}", plain(value)
 
 
 def _cost(key: str, value: Any) -> str:
@@ -226,11 +235,11 @@ def split_table(result: ScanResult) -> Table:
                     _entry(float(facts.get("n", math.nan)), f"{facts.get('n', 0):,}"),
                     Entry(f"{len(classes):,}" if classes else NOT_RECORDED, look="n"),
                     Entry(f"{measured:,}" if measured else NOTHING, measured, "n"),
-                    Entry(plain(facts.get("fingerprint"))),
+                    Entry(shortened(plain(facts.get("fingerprint")), 17)),
                 )
             )
         )
-    columns = ("data", "role", "images", "classes", "images used for curvature", "fingerprint")
+    columns = ("data", "role", "images", "classes", "for sharpness", "fingerprint")
     return Table(columns, tuple(lines))
 
 

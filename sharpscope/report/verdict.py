@@ -194,6 +194,8 @@ def co_moving(result: ScanResult) -> str:
     """Return the sentence on layers whose sharpness runs with the OOD error: the strongest that can be said."""
     if not result.ood_splits:
         return "Which layers co-move with the OOD error is not known: no OOD set was given."
+    if result.stragglers.empty:
+        return "Which layers co-move with the OOD error is not known: no sharpness was measured."
     table = result.stragglers[result.stragglers["layer"] != MODEL]
     for rung, sentence in _RUNGS.items():
         found = table[table["verdict"] == rung]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sharpscope.stragglers.interval import mean_interval
+from sharpscope.stragglers.paired import difference, mean_difference
 from sharpscope.table import Array, Cell, cell_key
 
 MEAN_OOD = "ood mean"
@@ -69,12 +70,22 @@ class _Moves:
 
     def gaps(self, split: str, what: str, layer: str) -> Array:
         """Return correctness after the move minus before it, ``(n,)`` in -1, 0, 1."""
-        gaps: Array = self._correct(split, what, layer) - self._correct(split, "base", "")
+        gaps: Array = self._correct(split, what, layer).astype(np.float64) - self._correct(split, "base", "")
         return gaps
+
+    def change(self, splits: Sequence[str], what: str, layer: str) -> dict[str, float]:
+        """Return ``effect``, ``low``, ``high``: the paired change of accuracy on a set, or on several, in points."""
+        pairs = [(self._correct(split, what, layer), self._correct(split, "base", "")) for split in splits]
+        found = mean_difference([difference(*pair) for pair in pairs])
+        return {"effect": 100 * found.value, "low": 100 * found.low, "high": 100 * found.high}
+
+    def images(self, splits: Sequence[str]) -> int:
+        """Return how many images the sets hold together."""
+        return sum(len(self._correct(split, "base", "")) for split in splits)
 
     def _correct(self, split: str, what: str, layer: str) -> Array:
         key = moved_key(self.base, split, self._limit, what, layer)
-        found: Array = self._cells[key].arrays["correct"].astype(np.float64)
+        found: Array = self._cells[key].arrays["correct"].astype(bool)
         return found
 
     def known(self, split: str, what: str, layer: str) -> bool:
@@ -82,18 +93,18 @@ class _Moves:
 
     def effect(self, splits: Sequence[str], layer: str) -> dict[str, object]:
         """Return the row of a layer on a set, or on several as their mean."""
-        moved = [self.gaps(split, "layer", layer) for split in splits]
+        moved, change = [self.gaps(split, "layer", layer) for split in splits], self.change(splits, "layer", layer)
         control = [
             np.stack([self.gaps(split, f"control {draw}", layer) for draw in range(self.draws)]) for split in splits
         ]
         by_draw = 100 * np.mean([gaps.mean(axis=1) for gaps in control], axis=0)
-        effect, beside = mean_interval(moved), mean_interval([gaps.mean(axis=0) for gaps in control], by_draw)
+        beside = mean_interval([gaps.mean(axis=0) for gaps in control], by_draw)
         beyond = mean_interval([m - c.mean(axis=0) for m, c in zip(moved, control, strict=True)], by_draw, 1)
-        supported = effect.sign != 0 and effect.sign == beyond.sign
+        sign = 1 if change["low"] > 0 else -1 if change["high"] < 0 else 0
         return {
-            "effect": effect.value, "low": effect.low, "high": effect.high,
+            **change,
             "control": beside.value, "control_low": beside.low, "control_high": beside.high,
-            "draws": self.draws, "n": sum(map(len, moved)), "supported": supported,
+            "draws": self.draws, "n": self.images(splits), "supported": sign != 0 and sign == beyond.sign,
         }  # fmt: skip
 
 
@@ -165,8 +176,6 @@ def cumulative_effects(
             count = depth + 1 if end == "first" else len(layers) - depth
             facts = {"layer": layer, "layers": count, "end": end, "question": base.question, "base": base.name}
             for name, splits in _places([id_split, *ood], ood):
-                gaps = [moves.gaps(split, end, layer) for split in splits]
-                found = mean_interval(gaps)
-                measured = {"effect": found.value, "low": found.low, "high": found.high, "n": sum(map(len, gaps))}
+                measured = {**moves.change(splits, end, layer), "n": moves.images(splits)}
                 rows.append({**facts, "alpha": base.alpha, "split": name, **measured})
     return pd.DataFrame(rows, columns=list(CUMULATIVE))

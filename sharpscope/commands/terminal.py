@@ -1,0 +1,77 @@
+"""What all commands say and how they end: a sentence and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sharpscope.errors import SharpscopeError
+
+if TYPE_CHECKING:
+    from sharpscope.result import ScanResult
+
+INTERRUPTED = 130
+
+
+def rank() -> int:
+    """Return this process's number among those that torchrun started; 0 of one that it did not start."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def say(text: str) -> None:
+    """Print a line for people, on stderr; other processes than the first say who they are."""
+    typer.echo(f"rank {rank()}: {text}" if rank() else text, err=True)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    if not rank():
+        say(f"warning: {message}")
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, ending in a sentence and an exit code where it would end in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                command(*args, **kwargs)
+        except SharpscopeError as error:
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say("interrupted; run the same command again to resume")
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            say(f"error: {_unforeseen(error)}")
+            raise typer.Exit(SharpscopeError.exit_code) from None
+
+    return run
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return a sentence on an error of the machine, or of this program; a crash must not read as "gate failed" (1)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return f"out of memory: {error}\n  fix: a smaller --batch-size; --limit for fewer images"
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'the system'}: {error.strerror or error}\n  fix: see that it can be read and written"
+        )
+    return f"this is a fault of sharpscope, please report it\n{traceback.format_exc()}"
+
+
+def show(result: ScanResult, folder: str | Path) -> None:
+    """Print the result and where its page is, in the first process."""
+    if rank():
+        return
+    typer.echo(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
