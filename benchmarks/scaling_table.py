@@ -1,7 +1,4 @@
-"""The table of several GPUs in README.md beside this, made of results/scaling-*.json.
-
-Usage, from the root of the repository: ``python benchmarks/scaling_table.py`` writes it anew.
-"""
+"""The table of several GPUs, made of results/scaling-*.json; ``tables.py`` writes it into README.md."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- scaling -->", "<!-- /scaling -->"
 HEAD = (
     "| network, images | GPUs | shared | seconds | times as fast | efficiency | peak a GPU, GB (of) "
     "| largest gap of a value |\n|---|---|---|---|---|---|---|---|"
@@ -42,14 +38,3 @@ def table(folder: Path = HERE / "results") -> str:
         found = json.loads(path.read_text())
         lines += [line(found["settings"], found["machine"], found["rows"][0], row) for row in found["rows"]]
     return "\n".join([HEAD, *lines])
-
-
-def written(text: str, found: str) -> str:
-    """Return the text with the table between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}"
-
-
-if __name__ == "__main__":
-    page = HERE / "README.md"
-    page.write_text(written(page.read_text(), table()))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import scaling_table
 import summary
 
 HERE = Path(__file__).parent
@@ -84,7 +85,12 @@ def layerwise() -> str:
     return "\n\n".join([*states, about(result)])
 
 
-TABLES: dict[str, Callable[[], str]] = {"layerwise": layerwise, "path": path, "growth": growth}
+TABLES: dict[str, Callable[[], str]] = {
+    "layerwise": layerwise,
+    "path": path,
+    "growth": growth,
+    "scaling": scaling_table.table,
+}
 
 
 def filled(text: str) -> str:

@@ -12,7 +12,7 @@ from sharpscope.errors import UsageError
 from sharpscope.ranks import own_device
 
 VECTORS = 12  # in the size of the weights: both ends, gradient, way, probe, image and a few Lanczos vectors
-PEAK = 2.0  # what a product takes at its peak, over what autograd saves; measured 1.4 to 1.8
+PEAK = 2.0  # peak with products, over what autograd saves; 1.3 to 2.0 in benchmarks/results/growth-h200.json
 
 
 @contextmanager

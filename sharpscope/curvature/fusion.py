@@ -19,7 +19,8 @@ class Fused:
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return the function's result."""
-        return self._fast(*tensors) if tensors[0].is_cuda else self._plain(*tensors)
+        # Detached: the compiler makes a variant for every combination of tensors that want gradients and do not.
+        return self._fast(*(tensor.detach() for tensor in tensors)) if tensors[0].is_cuda else self._plain(*tensors)
 
     def _fast(self, *tensors: Tensor) -> Any:
         if self._compiled is None:  # only now: the compiler takes seconds to import
