@@ -1,6 +1,6 @@
-"""The tables of README.md in this folder, from the files in ``results``.
+"""The tables of README.md in this folder and of the guide to measures, from the files in ``results``.
 
-    python benchmarks/tables.py            # writes them into README.md
+    python benchmarks/tables.py            # writes them
     python benchmarks/tables.py --check    # exits with 1 where the text is not what the files say
 
 A table stands between ``<!-- name -->`` and ``<!-- end -->``.
@@ -20,6 +20,7 @@ import summary
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+PAGES = (HERE / "README.md", HERE.parent / "docs" / "measures.md")
 GIB = 2**30
 NAMES = {"tiny": "tiny", "b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
 
@@ -95,23 +96,23 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """Return the text with its tables as the files have them."""
-    for name, made in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise SystemExit(f"README.md needs one pair of <!-- {name} --> and <!-- end -->")
-        text = pattern.sub(lambda found, made=made: found[1] + made() + "\n" + found[2], text)
-    return text
+
+    def table(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> None:
     """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    chosen, readme = parser.parse_args(), HERE / "README.md"
-    there = readme.read_text()
+    chosen = parser.parse_args()
+    wrong = [page for page in PAGES if page.read_text() != filled(page.read_text())]
     if chosen.check:
-        raise SystemExit(there != filled(there))
-    readme.write_text(filled(there))
+        raise SystemExit(f"not what the results say: {', '.join(map(str, wrong))}" if wrong else 0)
+    for page in wrong:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":
