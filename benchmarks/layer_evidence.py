@@ -69,7 +69,8 @@ def correlation(rows: pd.DataFrame, measure: str) -> str:
     if mine.empty:
         return "-"
     row = mine.iloc[0]
-    bar = f", null {row['null_low']:+.2f} to {row['null_high']:+.2f}" if "null_low" in row else ""
+    tested = pd.notna(row["null_low"])
+    bar = f", null {row['null_low']:+.2f} to {row['null_high']:+.2f}" if tested else ""
     return f"{row['tau']:+.2f}{bar}: {row['verdict']}"
 
 
