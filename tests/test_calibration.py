@@ -158,7 +158,7 @@ def test_the_residual_bounds_the_error_of_the_largest_eigenvalue_on_spectra_made
             found={},
             share_above=lambda _: 1.0,
             operator=lambda _: SimpleNamespace(
-                product=lambda v: {"x": matrix @ v["x"]}, block_product=lambda names, v: {"x": matrix @ v["x"]}
+                block_products=lambda vectors: {layer: {"x": matrix @ v["x"]} for layer, v in vectors.items()}
             ),
         )
         measure = Eigenvalue(tolerance=tolerance, most=len(values))

@@ -163,7 +163,9 @@ class TestLightning:
             **dict.fromkeys(quiet, False),
         ).fit(module, loader)
         log = read_audit(tmp_path / "spd.jsonl")
-        assert list(log.activity["step"]) == [3, 6, 7]
+        layers = set(log.activity["layer"])
+        assert len(layers) > 1  # those of the network inside the module
+        assert all(list(mine["step"]) == [3, 6, 7] for _, mine in log.activity.groupby("layer"))
         assert log.activity["active"].sum() > 0
         assert set(log.sharpness["step"]) == {3, 6}
         assert "held back" in callback.summary
