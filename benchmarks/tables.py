@@ -33,10 +33,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def about(result: Mapping[str, Any]) -> str:
     """Return machine and versions in a line."""
-    machine, versions = result["machine"], result["versions"]
-    return (
-        f"{machine.get('device') or machine['cpu']}, torch {versions['torch']}, commit {machine['sharpscope_commit']}."
-    )
+    machine, torch = result["machine"], result["versions"]["torch"]
+    place = machine["cpu"] if machine.get("device") in (None, "cpu") else machine["device"]
+    return f"{place}, torch {torch}, commit {machine['sharpscope_commit']}."
 
 
 def path() -> str:
