@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import clips
 import pytest
@@ -31,7 +32,9 @@ def started(*arguments, **environment):
     """Start the command; both streams are kept."""
     command = [sys.executable, "-m", "sharpscope", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+    # A shell's background job ignores interrupts, and so would what it starts.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=os.environ | environment, preexec_fn=heard, **pipes)
 
 
 def ended(*arguments, **environment):

@@ -175,7 +175,7 @@ def killed_20_times(world, out):
     seconds = time.monotonic() - started
     while len(found) < 20:
         shutil.rmtree(out)
-        while len(found) < 20 and _child(arguments, moments.uniform(0, seconds / 6)):
+        while len(found) < 20 and _child(arguments, moments.uniform(0, seconds / 3)):
             found.append(len(lines(Path(out))))
     assert not _child(arguments)
     sys.stdout.write(json.dumps(found))
