@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,24 +66,6 @@ SIZES = {
         steps={"random": 0, "trained": 100, "converged": 600},
         probe_batch=128,
     ),
-    # The vision configuration of CLIP ViT-B/16: 86.3 M weights, 15 layers.
-    "b16": Size(
-        {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 224,
-            "patch_size": 16,
-            "projection_dim": 512,
-        },
-        classes=100,
-        images=512,
-        batch=64,
-        rate=3e-5,
-        steps={"random": 0, "trained": 100, "converged": 600},
-        probe_batch=64,
-    ),
     # The vision configuration of CLIP ViT-L/14: 303 M weights, 27 layers.
     "l14": Size(
         {
@@ -103,6 +85,8 @@ SIZES = {
         probe_batch=32,
     ),
 }
+# The vision configuration of CLIP ViT-B/16: 86.3 M weights, 15 layers.
+SIZES["b16"] = replace(SIZES["b32"], config={**SIZES["b32"].config, "patch_size": 16}, batch=64, probe_batch=64)
 STATES = ("random", "trained", "converged")
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
-from sharpscope.tree import Tree
+from sharpscope.tree import Tree, unflat
 
 T = TypeVar("T")
 Parallel = Literal["data", "alphas", "weights"]
@@ -125,7 +125,7 @@ class Ranks:
                 flat = _flat(mine.get((level, place)), like)
                 with self._in_touch():
                     dist.broadcast(flat, rank)
-                _push(all_nodes, _Node(level, place, _unflat(flat, like)))
+                _push(all_nodes, _Node(level, place, unflat(flat, like)))
         return all_nodes
 
     def _go_on(self) -> None:
@@ -193,11 +193,6 @@ def _flat(tree: Tree | None, like: Tree) -> Tensor:
         return torch.empty(sum(tensor.numel() for tensor in like.values()), dtype=dtype, device=first.device)
     pieces = (tree[name] if name in tree else torch.zeros_like(tensor) for name, tensor in like.items())
     return torch.cat([piece.detach().reshape(-1).to(dtype) for piece in pieces])
-
-
-def _unflat(flat: Tensor, like: Tree) -> Tree:
-    pieces = torch.split(flat, [tensor.numel() for tensor in like.values()])
-    return {n: p.view(t.shape).to(t.dtype) for p, (n, t) in zip(pieces, like.items(), strict=True)}
 
 
 def _initialised() -> bool:
