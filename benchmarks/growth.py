@@ -24,6 +24,7 @@ from machine import facts, versions
 from path import seconds
 from towers import SIZES, tower
 
+from sharpscope.budget import limited
 from sharpscope.curvature.graphs import HEADROOM, free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
@@ -67,7 +68,6 @@ def case(text: str, device: torch.device, granularity: Granularity) -> dict[str,
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    there = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     budget = int(free_bytes(device) * HEADROOM)
     first, point = seconds(lambda: Point(objective, weights, layers.names, workspace=workspace))
     move = timed(lambda: Point(objective, weights, layers.names, workspace=workspace), 2)
@@ -83,7 +83,7 @@ def case(text: str, device: torch.device, granularity: Granularity) -> dict[str,
         "size": name, "images": images_count, "batch": in_batch, "layers": len(layers.layers),
         "weights": sum(w.numel() for w in net.parameters.values()), "batches": len(batches),
         "kept_graphs": len(point._graphs.kept), "kept_bytes": point._graphs.kept_bytes, "graph_budget": budget,
-        "peak_bytes": torch.cuda.max_memory_allocated() - there if device.type == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "gradient_seconds": one, "gradients": {what: took / one for what, took in spent.items()},
         "once": {"first_point": first / one, "recording": recording / one},
     }  # fmt: skip
@@ -96,11 +96,12 @@ def main() -> None:
     parser.add_argument("--granularity", choices=("block", "tensor"), default="block")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
+    parser.add_argument("--memory", type=int, help="GiB of the GPU that may be taken; default: all")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = []
     about = {"machine": facts(chosen.device, torch.get_num_threads()), "versions": versions()}
-    with matmul_precision(chosen.precision):
+    with matmul_precision(chosen.precision), limited(chosen.memory and chosen.memory * 2**30, chosen.device):
         for text in chosen.case:
             rows.append(case(text, torch.device(chosen.device), chosen.granularity))
             if chosen.device == "cuda":

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path as FilePath
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from machine import facts, versions
 from towers import SIZES, STATES, images, tower, train
 
+from sharpscope.budget import limited
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
@@ -32,6 +34,7 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.partition import layers
 from sharpscope.path import Path
 from sharpscope.precision import matmul_precision
+from sharpscope.tree import norm
 
 MEASURES = ("trace", "lambda_max", "m_sharpness")
 
@@ -69,7 +72,9 @@ def at(
     unit = median(gradients)
     found["gradient_seconds"] = unit
     found["gradients"] = {name: took / unit for name, took in found["seconds"].items()}
-    found["kept_graphs"] = len(point._graphs.kept)
+    cuda = point.gradient[names[0]].is_cuda
+    found["kept_graphs"], found["graph_budget"] = len(point._graphs.kept), point._place.budget
+    found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     return found, point.found
 
 
@@ -80,17 +85,19 @@ def main() -> None:
     parser.add_argument("--state", choices=STATES, default="trained")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 0.2])
+    parser.add_argument("--alphas", type=int, default=3, help="how many, from 0 in steps of a tenth or of --move")
+    parser.add_argument("--move", type=float, nargs="+", help="from alpha to alpha, over the weights' norm")
     parser.add_argument("--images", type=int, nargs="+", help="measured images; default: as in towers.py")
     parser.add_argument("--batch", type=int, help="images in a batch, which has trace probes of its own")
     parser.add_argument("--unit", type=int, default=512, help="images in a batch of the gradient that is the unit")
+    parser.add_argument("--memory", type=int, help="GiB of the GPU that may be taken; default: all")
     parser.add_argument("--out", type=FilePath)
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with matmul_precision(chosen.precision):
+    with matmul_precision(chosen.precision), limited(chosen.memory and chosen.memory * 2**30, chosen.device):
         ends = [train(SIZES[chosen.size], state, chosen.device)[0] for state in (chosen.state, "converged")]
-        for count in chosen.images or [SIZES[chosen.size].images]:
-            for row in along(chosen, ends, count, chosen.alphas):
+        for count, move in product(chosen.images or [SIZES[chosen.size].images], chosen.move or [None]):
+            for row in along(chosen, ends, count, move):
                 rows.append(row)
                 print(row, flush=True)
                 if chosen.out:
@@ -98,7 +105,7 @@ def main() -> None:
 
 
 def along(
-    chosen: argparse.Namespace, ends: list[dict[str, torch.Tensor]], count: int, alphas: list[float]
+    chosen: argparse.Namespace, ends: list[dict[str, torch.Tensor]], count: int, move: float | None
 ) -> Iterator[dict[str, Any]]:
     """Yield what each alpha costs, for so many images."""
     size, device = SIZES[chosen.size], torch.device(chosen.device)
@@ -113,18 +120,22 @@ def along(
     warm = Point(Objective(net.forward, cross_entropy, objective.batches[:1]), {**buffers, **path(0.0)}, parted.names)
     warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
     del warm
-    for index, alpha in enumerate(alphas):
+    length = norm(path.delta) / norm(path.start)
+    stride = 0.1 if move is None else move / length
+    for index in range(chosen.alphas):
+        alpha = index * stride
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         guesses = memory.before(index, chosen.device, 1.0 if index > 1 else 0.0)
         row, kept = at(objective, plain, {**buffers, **path(alpha)}, parted, guesses, workspace)
         memory.keep(index, kept)
-        yield {"images": count, "alpha": alpha, **row}
+        yield {"images": count, "alpha": alpha, "move": stride * length, **row}
 
 
 def write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write what there is so far."""
-    peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else None
     settings = {**vars(chosen), "out": None}
-    report = {"settings": settings, "rows": rows, "peak_bytes": peak, "versions": versions()}
+    report = {"settings": settings, "rows": rows, "versions": versions()}
     machine = facts(chosen.device, torch.get_num_threads())
     chosen.out.write_text(json.dumps({**report, "machine": machine}, indent=1) + "\n")
 

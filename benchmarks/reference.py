@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,13 @@ def _size(entry: dict[str, Any]) -> float:
 
 def _rademacher(block: Flat, generator: torch.Generator) -> torch.Tensor:
     like = block.parameters[0]
-    signs = torch.randint(0, 2, (block.size,), generator=generator)
-    return (2 * signs - 1).to(like.device, like.dtype)
+    signs = torch.randint(0, 2, (block.size,), generator=generator, device=like.device)
+    return (2 * signs - 1).to(like.dtype)
 
 
 def _draws(block: Flat, count: int, seed: int = 77) -> list[float]:
-    generator = torch.Generator().manual_seed(seed)
-    probes = (_rademacher(block, generator) for _ in range(count))
-    return [float(probe @ block(probe)) for probe in probes]
+    generator = torch.Generator(block.parameters[0].device).manual_seed(seed)
+    return [block.probe(partial(_rademacher, block, generator)) for _ in range(count)]
 
 
 def _trace(block: Flat, drawn: list[float], floor: float, effort: Effort) -> dict[str, Any]:
@@ -94,7 +94,8 @@ def _largest(block: Flat) -> dict[str, Any]:
 
 def _difference(block: Flat) -> float:
     """Return the relative gap between a product and a central difference of gradients: the reference's own check."""
-    v = _rademacher(block, torch.Generator().manual_seed(3)) / math.sqrt(block.size)
+    generator = torch.Generator(block.parameters[0].device).manual_seed(3)
+    v = _rademacher(block, generator) / math.sqrt(block.size)
     step, sides = 1e-5, []
     pieces = v.split([p.numel() for p in block.parameters])
     for sign in (1, -2):

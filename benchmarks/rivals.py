@@ -17,6 +17,7 @@ from torch import nn
 
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.measures import MEASURES
 from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
@@ -46,7 +47,7 @@ def sharpscope(task: Task) -> Iterator[Answer]:
     batches = tuple(Batch(*pair) for pair in zip(x.split(own), y.split(own), strict=True))
     objective = Objective(net.forward, summed, batches)
     names = tuple(net.parameters)
-    point = Point(objective, {**net.parameters, **net.buffers}, names)
+    point = Point(objective, {**net.parameters, **net.buffers}, names, workspace=Workspace())
     partition = Partition(task.layers)
     yield Answer("setup", MODEL)
     target = task.target

@@ -117,7 +117,7 @@ class Flat:
     module, names, data
         The network, the tensors of the block, equal or unequal batches.
     keep
-        Keep the graph of every batch's gradient; else it is recomputed in each product.
+        Keep the graph of every batch's gradient, if they fit; else it is recomputed in each product.
     """
 
     def __init__(self, module: nn.Module, names: tuple[str, ...], data: Data, *, keep: bool) -> None:
@@ -129,7 +129,18 @@ class Flat:
         self._examples = sum(len(targets) for _, targets in data)
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.products = 0
-        self._kept = [self.gradient(batch) for batch in data] if keep else None
+        self._kept = self._graphs() if keep else None
+
+    def _graphs(self) -> list[tuple[Tensor, ...]] | None:
+        """Return the graphs of all batches, or None if products would have too little memory beside them."""
+        try:
+            graphs = [self.gradient(batch) for batch in self.data]
+        except torch.OutOfMemoryError:
+            return None
+        if not graphs[0][0].is_cuda:
+            return graphs
+        free, total = torch.cuda.mem_get_info()
+        return graphs if free > 0.4 * total else None
 
     def gradient(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Return the gradient of the batch's part of the mean loss, with its graph."""
@@ -139,14 +150,25 @@ class Flat:
     def __call__(self, v: Tensor) -> Tensor:
         """Return ``H_ll v``, flat."""
         self.products += 1
-        flat = v.split([parameter.numel() for parameter in self.parameters])
-        pieces = [a.view_as(p) for a, p in zip(flat, self.parameters, strict=True)]
         total = torch.zeros_like(v)
         for gradient in self._kept or map(self.gradient, self.data):
-            keep = self._kept is not None
-            image = torch.autograd.grad(gradient, self.parameters, pieces, retain_graph=keep)
-            total += torch.cat([tensor.reshape(-1) for tensor in image])
+            total += self._part(gradient, v)
         return total
+
+    def probe(self, draw: Callable[[], Tensor]) -> float:
+        """Return an unbiased guess of the trace: the sum over batches of ``v' H v``, with a draw of v for each."""
+        self.products += 1
+        found = []
+        for gradient in self._kept or map(self.gradient, self.data):
+            v = draw()
+            found.append(float(v @ self._part(gradient, v)))
+        return math.fsum(found)
+
+    def _part(self, gradient: tuple[Tensor, ...], v: Tensor) -> Tensor:
+        flat = v.split([parameter.numel() for parameter in self.parameters])
+        pieces = [a.view_as(p) for a, p in zip(flat, self.parameters, strict=True)]
+        image = torch.autograd.grad(gradient, self.parameters, pieces, retain_graph=self._kept is not None)
+        return torch.cat([tensor.reshape(-1) for tensor in image])
 
     def numpy(self, v: np.ndarray) -> np.ndarray:
         """Return the product for scipy."""
