@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from sharpscope.assignment import SETUP, Task, kind_of
 from sharpscope.backoff import that_fit
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
@@ -20,7 +24,7 @@ from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
 from sharpscope.plan import Plan
 from sharpscope.progress import Progress
-from sharpscope.ranks import Ranks
+from sharpscope.rounds import Apart
 from sharpscope.search import RecipeSearch, Search
 from sharpscope.table import MODEL, Cell, Row, cell_key
 from sharpscope.tree import Tree
@@ -49,37 +53,65 @@ def _measure(job: Job, plan: Plan, point: Point, measure: Measure, alpha: float,
     return _curvature_cell(alpha, job.curvature_split, measure.name, ordered)
 
 
-def _cells_at(job: Job, plan: Plan, index: int, journal: Journal, memory: Memory, tick: Any) -> Iterator[Cell]:
-    """Yield the cells of one alpha that are not in the journal yet."""
-    alpha = plan.alphas[index]
-    weights = job.weights(alpha)
-    for split in job.splits:
-        if cell_key(alpha, split.name, "evaluation") not in journal:
-            cell = _evaluate(job, weights, alpha, split)
-            tick("evaluation", split.name)
-            yield cell
-    missing = [m for m in plan.measures if cell_key(alpha, job.curvature_split, m.name) not in journal]
-    if not missing:
+@contextmanager
+def _timed(spent: dict[str, float], kind: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    spent[kind] = time.monotonic() - begun
+
+
+def _kinds(job: Job, plan: Plan) -> dict[str, Split | Measure]:
+    """Return what is found at every alpha, in this order."""
+    evaluations = {kind_of(cell_key(0, split.name, "evaluation")): split for split in job.splits}
+    return evaluations | {kind_of(cell_key(0, job.curvature_split, m.name)): m for m in plan.measures}
+
+
+def _cells_at(job: Job, plan: Plan, task: Task, memory: Memory, tick: Any, spent: dict[str, float]) -> Iterator[Cell]:
+    """Yield the cells of a task; what each took goes to ``spent``."""
+    alpha = plan.alphas[task.index]
+    weights, kinds = job.weights(alpha), _kinds(job, plan)
+    measures = {}
+    for kind in task.kinds:
+        what = kinds[kind]
+        if not isinstance(what, Split):
+            measures[kind] = what
+            continue
+        with _timed(spent, kind):
+            cell = _evaluate(job, weights, alpha, what)
+        tick("evaluation", what.name)
+        yield cell
+    if not measures:
         return
-    guesses = {} if plan.begins(index) else memory.before(index, weights, plan.stride(index))
+    with _timed(spent, SETUP):
+        point = _point(job, plan, task, weights, memory)
+    for kind, measure in measures.items():
+        known = len(point.found)
+        with _timed(spent, kind):
+            cell = _measure(job, plan, point, measure, alpha, tick)
+            if len(point.found) > known:  # on disk before the cell that goes with it
+                memory.keep(task.index, point.found, plan.first(task.index))
+                memory.bound.add(kind)
+        yield cell
+    job.count(point)
+
+
+def _point(job: Job, plan: Plan, task: Task, weights: Tree, memory: Memory) -> Point:
+    """Return the alpha as a point that knows what the alphas before left."""
+    alpha, index = plan.alphas[task.index], task.index
+    knows = task.at_home and not plan.begins(index)
     point = Point(
         job.objective,
         weights,
         job.layers.names,
         graph_bytes=job.room(),
-        memory=guesses,
+        memory=memory.before(index, weights, plan.stride(index)) if knows else {},
         delta=job.path.delta,
         workspace=job.workspace,
     )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
-    point.found.update(memory.at(index, weights))  # of measures that were done before the scan was stopped here
-    for measure in missing:
-        known = len(point.found)
-        cell = _measure(job, plan, point, measure, alpha, tick)
-        if len(point.found) > known:  # on disk before the cell that goes with it
-            memory.keep(index, point.found, plan.first(index))
-        yield cell
-    job.count(point)
+    if task.at_home:
+        point.found.update(memory.at(index, weights))  # of measures that were done before the scan was stopped here
+    return point
 
 
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
@@ -92,15 +124,24 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
     """
     faults: dict[float, MeasurementError] = {}
 
-    def measured(index: int) -> Iterator[Cell]:
-        at = partial(_cells_at, job, plan, index, journal, memory, partial(progress.step, index))
+    def wanted(index: int) -> tuple[str, ...]:
+        alpha = plan.alphas[index]
+        return tuple(kind for kind in _kinds(job, plan) if f"{float(alpha)!r}|{kind}" not in journal)
+
+    def measured(task: Task, spent: dict[str, float]) -> Iterator[Cell]:
+        def at() -> Iterator[Cell]:
+            left = replace(task, kinds=tuple(kind for kind in task.kinds if kind in wanted(task.index)))
+            return _cells_at(job, plan, left, memory, partial(progress.step, task.index), spent)
+
         # Ranks that gather weights wait for each other within a product: there, running out of memory ends the scan.
         fits = job.parallel != "weights"
-        return that_fit(job, at, f"alpha {plan.alphas[index]:g}", progress.say) if fits else at()
+        return that_fit(job, at, f"alpha {plan.alphas[task.index]:g}", progress.say) if fits else at()
 
+    apart = Apart(job.ranks, measured, memory.bound)
     for indices in plan.rounds:
-        together = ((index, measured(index)) for index in indices)
-        for index, found in _apart(job.ranks, indices, measured) if job.parallel == "alphas" else together:
+        here = {index: wanted(index) for index in indices}
+        together = ((i, measured(Task(i, chain, kinds), {})) for chain, (i, kinds) in enumerate(here.items()))
+        for index, found in apart.found(here) if job.parallel == "alphas" else together:
             alpha = plan.alphas[index]
             try:
                 for cell in found:
@@ -113,30 +154,6 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
                 progress.alpha_done(index, alpha)
     if faults:
         raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
-
-
-def _apart(
-    ranks: Ranks, indices: Sequence[int], measured: Callable[[int], Iterator[Cell]]
-) -> Iterator[tuple[int, Iterator[Cell]]]:
-    """Yield each alpha with its cells, found by one rank each; what was found before an error comes before it."""
-    mine: list[tuple[int, dict[str, Cell], MeasurementError | None]] = []
-    for index in indices[ranks.rank :: ranks.size]:
-        done: dict[str, Cell] = {}
-        error: MeasurementError | None = None
-        try:
-            for cell in measured(index):
-                done[cell.key] = cell
-        except MeasurementError as failure:
-            error = failure
-        mine.append((index, done, error))
-    for index, done, error in sorted(ranks.gathered(mine), key=lambda entry: entry[0]):
-        yield index, _replayed(done, error)
-
-
-def _replayed(done: Mapping[str, Cell], error: MeasurementError | None) -> Iterator[Cell]:
-    yield from done.values()
-    if error is not None:
-        raise error
 
 
 def _unmeasured(faults: Mapping[float, MeasurementError], plan: Plan, journal: Journal) -> MeasurementError:

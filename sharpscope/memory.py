@@ -30,12 +30,18 @@ class Memory:
         Of the scan, None: in memory only.
     ranks
         Processes that find the same; one of them reads and writes.
+
+    Attributes
+    ----------
+    bound
+        What goes on from here at the next alpha, as kinds of cells.
     """
 
     def __init__(self, folder: Path | None, ranks: Ranks = ALONE) -> None:
         self.folder = folder
         self._ranks = ranks
         self._latest: dict[int, dict[str, Tree]] = {}
+        self.bound: set[str] = set()
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None

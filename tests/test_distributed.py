@@ -126,6 +126,9 @@ def test_the_file_of_several_processes_is_the_file_of_one(found, size, name):
     assert [meta["cost"].pop("processes") for meta in metas] == [1, size]
     for meta in metas:
         del meta["cost"]["seconds"]
+    gradients = [meta["cost"].pop("gradients") for meta in metas]
+    # An alpha that several processes share costs each of them a gradient of its own.
+    assert gradients[1] - gradients[0] in (range(1, size) if name == "alphas" else [0])
     assert metas[0] == metas[1]
 
 
