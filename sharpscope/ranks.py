@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -103,30 +103,41 @@ class Ranks:
         """Return the sum of ``count`` trees, of which this rank gives its share; names that no tree has are zero.
 
         Added in pairs, pairs of pairs and so on: a fixed order, so that the bits do not depend on the number of ranks.
-        Memory: ``log2(count)`` trees.
+        Memory: ``log2(count)`` trees. Each rank sends and receives two trees, for any number of ranks.
         """
         nodes: list[_Node] = []
         for place, tree in enumerate(parts, self.share(count).start):
             _push(nodes, _Node(0, place, tree))
-        if self.size > 1:
+        if self.size == 1:
+            total = _total(nodes)
+        else:
             self._go_on()
-            nodes = self._exchanged(nodes, like, count)
-        total: Tree = {}
-        for node in reversed(nodes):
-            total = _plus(node.tree, total)
+            total = {}
+            for dtype in {tensor.dtype: None for tensor in like.values()}:
+                total |= self._exchanged(nodes, {n: t for n, t in like.items() if t.dtype == dtype}, count)
         return {name: total[name] if name in total else torch.zeros_like(tensor) for name, tensor in like.items()}
 
-    def _exchanged(self, nodes: list[_Node], like: Tree, count: int) -> list[_Node]:
-        """Return the nodes that all ranks' nodes make."""
-        mine = {(node.level, node.place): node.tree for node in nodes}
-        all_nodes: list[_Node] = []
-        for rank in range(self.size):
-            for level, place in _blocks(self.share(count, rank)):
-                flat = _flat(mine.get((level, place)), like)
-                with self._in_touch():
-                    dist.broadcast(flat, rank)
-                _push(all_nodes, _Node(level, place, unflat(flat, like)))
-        return all_nodes
+    def _exchanged(self, nodes: list[_Node], like: Tree, count: int) -> Tree:
+        """Return the sum of all ranks' nodes, of entries of one dtype.
+
+        Every rank gets a slice of each node, adds the slices and gives their sum to all.
+        """
+        blocks = [list(_blocks(self.share(count, rank))) for rank in range(self.size)]
+        first, length = next(iter(like.values())), sum(tensor.numel() for tensor in like.values())
+        width = -(-length // self.size)
+        sent = first.new_zeros(self.size, len(nodes), width)
+        for number, node in enumerate(nodes):
+            sent[:, number] = _padded(_flat(node.tree, like), self.size * width).view(self.size, width)
+        slices = first.new_empty(sum(map(len, blocks)), width)
+        every = first.new_empty(self.size * width)
+        with self._in_touch():
+            own = [len(nodes)] * self.size
+            dist.all_to_all_single(slices, sent.view(-1, width), list(map(len, blocks)), own)
+            joined_nodes: list[_Node] = []
+            for (level, place), piece in zip(chain.from_iterable(blocks), slices, strict=True):
+                _push(joined_nodes, _Node(level, place, {"": piece}))
+            dist.all_gather_into_tensor(every, _total(joined_nodes).get("", torch.zeros_like(every[:width])))
+        return unflat(every[:length], like)
 
     def _go_on(self) -> None:
         if self._given_up(False):
@@ -183,16 +194,21 @@ def _blocks(share: range) -> Iterator[tuple[int, int]]:
         start += 2**level
 
 
-def _flat(tree: Tree | None, like: Tree) -> Tensor:
-    """Return all entries in a row, zero where the tree has none, to be sent; without a tree room to receive them."""
-    first, *others = like.values()
-    dtype = first.dtype
-    for tensor in others:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if tree is None:
-        return torch.empty(sum(tensor.numel() for tensor in like.values()), dtype=dtype, device=first.device)
+def _total(nodes: Sequence[_Node]) -> Tree:
+    total: Tree = {}
+    for node in reversed(nodes):
+        total = _plus(node.tree, total)
+    return total
+
+
+def _flat(tree: Tree, like: Tree) -> Tensor:
+    """Return all entries in a row, zero where the tree has none."""
     pieces = (tree[name] if name in tree else torch.zeros_like(tensor) for name, tensor in like.items())
-    return torch.cat([piece.detach().reshape(-1).to(dtype) for piece in pieces])
+    return torch.cat([piece.detach().reshape(-1) for piece in pieces])
+
+
+def _padded(entries: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(entries, (0, length - len(entries)))
 
 
 def _initialised() -> bool:
