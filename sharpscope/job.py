@@ -81,9 +81,11 @@ class Job:
     def room(self) -> int | None:
         """Return the bytes that kept graphs may take; None: half of what is free.
 
-        Ranks that gather weights must all keep the same graphs.
+        Ranks that gather weights must all keep the same graphs. Elsewhere on a GPU the allocator keeps the limit, and
+        the workspace, which serves all alphas, is measured out once.
         """
-        if self.graph_bytes is not None or (self.parallel != "weights" and self.memory is None):
+        measured = self.memory is not None and self.device.type != "cuda"
+        if self.graph_bytes is not None or (self.parallel != "weights" and not measured):
             return self.graph_bytes
         mine = int(free_bytes(self.device, self.memory) * HEADROOM)
         return min(self.ranks.gathered([mine])) if self.parallel == "weights" else mine

@@ -1,4 +1,4 @@
-"""Finished cells on disk: one line each, appended and flushed, so that a killed scan loses one cell at most."""
+"""Finished cells on disk: one line each, appended and flushed as soon as what belongs to them is on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ class Journal:
         self.path = path
         self.plan = json.loads(json.dumps(plan))
         self._cells: dict[str, Cell] = {}
+        self._waiting: list[Cell] = []
+        self._settled: Callable[[], bool] = lambda: True
         if path is not None and not fresh and path.exists() and b"\n" in path.read_bytes():
             self._resume(path)
         elif path is not None:
@@ -148,11 +150,23 @@ class Journal:
     def __len__(self) -> int:
         return len(self._cells)
 
+    def follow(self, settled: Callable[[], bool]) -> None:
+        """Let cells wait until this says that what they came with is on disk; the last ones for :meth:`write`."""
+        self._settled = settled
+
     def append(self, cell: Cell) -> None:
-        """Keep the cell, on disk before this returns."""
-        if self.path is not None:
-            self._write(self.path, encode(cell), "ab")
+        """Keep the cell; it is on disk before this returns, unless it has to wait."""
         self._cells[cell.key] = cell
+        self._waiting.append(cell)
+        if self._settled():
+            self.write()
+
+    def write(self) -> None:
+        """Write the cells that wait."""
+        while self._waiting:
+            if self.path is not None:
+                self._write(self.path, encode(self._waiting[0]), "ab")
+            del self._waiting[0]
 
 
 def _leaves(plan: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -88,9 +88,10 @@ def _cells_at(job: Job, plan: Plan, task: Task, memory: Memory, tick: Any, spent
         known = len(point.found)
         with _timed(spent, kind):
             cell = _measure(job, plan, point, measure, alpha, tick)
-            if len(point.found) > known:  # on disk before the cell that goes with it
-                memory.keep(task.index, point.found, plan.first(task.index))
+            if len(point.found) > known:
                 memory.bound.add(kind)
+                if not plan.ends(task.index):
+                    memory.keep(task.index, point.found, plan.first(task.index))
         yield cell
     job.count(point)
 
@@ -114,8 +115,38 @@ def _point(job: Job, plan: Plan, task: Task, weights: Tree, memory: Memory) -> P
     return point
 
 
+def _by_alpha(
+    job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress
+) -> Iterator[tuple[int, Iterator[Cell]]]:
+    """Yield every alpha with the cells of it that are not in the journal."""
+
+    def wanted(index: int) -> tuple[str, ...]:
+        alpha = f"{plan.alphas[index]!r}|"
+        return tuple(kind for kind in _kinds(job, plan) if alpha + kind not in journal)
+
+    def measured(task: Task, spent: dict[str, float]) -> Iterator[Cell]:
+        def at() -> Iterator[Cell]:
+            left = wanted(task.index)
+            missing = replace(task, kinds=tuple(kind for kind in task.kinds if kind in left))
+            return _cells_at(job, plan, missing, memory, partial(progress.step, task.index), spent)
+
+        # Ranks that gather weights wait for each other within a product: there, running out of memory ends the scan.
+        fits = job.parallel != "weights"
+        return that_fit(job, at, f"alpha {plan.alphas[task.index]:g}", progress.say) if fits else at()
+
+    apart = Apart(job.ranks, measured, memory)
+    for indices in plan.rounds:
+        here = {index: wanted(index) for index in indices}
+        if job.parallel == "alphas":
+            yield from apart.found(here)
+        else:
+            yield from ((i, measured(Task(i, chain, kinds), {})) for chain, (i, kinds) in enumerate(here.items()))
+
+
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
-    """Yield every cell of the plan as it is finished, after writing it; those in the journal are not measured again.
+    """Yield every cell of the plan as it is finished; those in the journal are not measured again.
+
+    Each is written as soon as the vectors that it came with are.
 
     Raises
     ------
@@ -123,25 +154,9 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
         After all others, if alphas could not be measured.
     """
     faults: dict[float, MeasurementError] = {}
-
-    def wanted(index: int) -> tuple[str, ...]:
-        alpha = plan.alphas[index]
-        return tuple(kind for kind in _kinds(job, plan) if f"{float(alpha)!r}|{kind}" not in journal)
-
-    def measured(task: Task, spent: dict[str, float]) -> Iterator[Cell]:
-        def at() -> Iterator[Cell]:
-            left = replace(task, kinds=tuple(kind for kind in task.kinds if kind in wanted(task.index)))
-            return _cells_at(job, plan, left, memory, partial(progress.step, task.index), spent)
-
-        # Ranks that gather weights wait for each other within a product: there, running out of memory ends the scan.
-        fits = job.parallel != "weights"
-        return that_fit(job, at, f"alpha {plan.alphas[task.index]:g}", progress.say) if fits else at()
-
-    apart = Apart(job.ranks, measured, memory.bound)
-    for indices in plan.rounds:
-        here = {index: wanted(index) for index in indices}
-        together = ((i, measured(Task(i, chain, kinds), {})) for chain, (i, kinds) in enumerate(here.items()))
-        for index, found in apart.found(here) if job.parallel == "alphas" else together:
+    journal.follow(memory.settled)
+    try:
+        for index, found in _by_alpha(job, plan, journal, memory, progress):
             alpha = plan.alphas[index]
             try:
                 for cell in found:
@@ -152,6 +167,9 @@ def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Prog
                 progress.say(f"alpha {alpha:g} failed: {fault.problem}")
             else:
                 progress.alpha_done(index, alpha)
+    finally:
+        memory.settled(wait=True)
+        journal.write()
     if faults:
         raise _unmeasured(faults, plan, journal) from next(iter(faults.values()))
 

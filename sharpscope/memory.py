@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,14 +17,16 @@ from sharpscope.sharding import cut, whole
 from sharpscope.storage import writing
 from sharpscope.tree import Tree, axpy
 
+# Of what is kept: half the memory, half the time on disk, and Lanczos adds noise of .3 of its norm to a start vector.
+KEPT = torch.bfloat16
 _SEPARATOR = "::"  # safetensors is flat: "lambda_max/visual.proj::visual_projection.weight"
 
 
 class Memory:
     """What was learned at each alpha, by its index; in a folder if one is given.
 
-    A file is complete before the cells that were computed with it are, and the two before it are kept: a scan
-    killed anywhere resumes with the guesses it would have had.
+    A file is to be complete before the cells that were computed with it are, see :meth:`settled`, and the two before it
+    are kept: a scan killed anywhere resumes with the guesses it would have had.
 
     Parameters
     ----------
@@ -42,6 +46,8 @@ class Memory:
         self._ranks = ranks
         self._latest: dict[int, dict[str, Tree]] = {}
         self.bound: set[str] = set()
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None
@@ -62,13 +68,15 @@ class Memory:
 
     def at(self, index: int, like: Tree) -> dict[str, Tree]:
         """Return what the point at ``index`` left so far, or nothing."""
-        if index in self._latest:
-            return dict(self._latest[index])
         found: dict[str, Tree] = {}
+        for key, tree in self._latest.get(index, {}).items():
+            found[key] = {name: tensor.to(like[name].dtype) for name, tensor in tree.items()}
+        if found:
+            return found
         for key in self._ranks.led(lambda: self._keys(index)):
             measure, _, name = key.partition(_SEPARATOR)
             tensor = self._ranks.led(partial(self._stored, index, key)).to(like[name].device)
-            found.setdefault(measure, {})[name] = cut(tensor, like[name])
+            found.setdefault(measure, {})[name] = cut(tensor.to(like[name].dtype), like[name])
         return found
 
     def _keys(self, index: int) -> list[str]:
@@ -85,11 +93,13 @@ class Memory:
     def keep(self, index: int, found: dict[str, Tree], first: int = 0) -> None:
         """Remember what the point at ``index`` found; forget those before but for two, back to ``first``, not beyond.
 
-        Before the first of its chain lie the last points of another, which that one goes on from.
+        Before the first of its chain lie the last points of another, which that one goes on from. The file is written
+        while the scan goes on, after the one before it.
         """
         past = index - 3 if index - 3 >= first else -1
         self._latest.pop(past, None)
-        self._latest[index] = found
+        self._latest[index] = {key: {n: t.to(KEPT) for n, t in tree.items()} for key, tree in found.items()}
+        self.settled(wait=True)
         if self.folder is None or not found:
             return
         flat = {}
@@ -97,12 +107,30 @@ class Memory:
             for name, tensor in tree.items():
                 entire = whole(tensor)  # in all processes, one tensor at a time
                 if self._ranks.leads:
-                    flat[f"{measure}{_SEPARATOR}{name}"] = entire.cpu().contiguous()
-        if not self._ranks.leads:
-            return
-        with writing(self._path(index)):
-            _write(flat, self._path(index))
-            self._path(past).unlink(missing_ok=True)
+                    flat[f"{measure}{_SEPARATOR}{name}"] = entire.to(KEPT).cpu().contiguous()
+        if self._ranks.leads:
+            self._writing = self._writer.submit(self._replace, flat, self._path(index), self._path(past))
+
+    def settled(self, *, wait: bool = False) -> bool:
+        """Return whether what was kept last is on disk.
+
+        Raises
+        ------
+        OutputError
+            If it could not be written.
+        """
+        if self._writing is not None and not (wait or self._writing.done()):
+            return False
+        if self._writing is not None:
+            self._writing.result()  # where it failed, it raises whenever it is asked
+        self._writing = None
+        return True
+
+    @staticmethod
+    def _replace(flat: Tree, path: Path, past: Path) -> None:
+        with writing(path):
+            _write(flat, path)
+            past.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the files of a scan that has ended or is begun anew."""

@@ -74,6 +74,10 @@ class Plan:
         """Return whether an alpha is the first of its chain."""
         return index in self.rounds[0]
 
+    def ends(self, index: int) -> bool:
+        """Return whether an alpha is the last of its chain."""
+        return index + 1 in (*self.rounds[0], len(self.alphas))
+
     def stride(self, index: int) -> float:
         """Return the way from the alpha before to this one, over the way to that one; 0 if a chain begins there."""
         if self.begins(index) or self.begins(index - 1):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from sharpscope.assignment import Piece, Task, assigned, kind_of
 from sharpscope.errors import MeasurementError
+from sharpscope.memory import Memory
 from sharpscope.ranks import Ranks
 from sharpscope.table import Cell
 
@@ -32,23 +33,24 @@ class Apart:
         That share them.
     measured
         Yields the cells of a task and notes what each took.
-    bound
-        Kinds of cells that go on from the alpha before, as far as this rank knows; grows as they are found.
+    memory
+        What goes on from an alpha to the next, on this rank.
     """
 
-    def __init__(self, ranks: Ranks, measured: Measured, bound: set[str]) -> None:
+    def __init__(self, ranks: Ranks, measured: Measured, memory: Memory) -> None:
         self._ranks = ranks
         self._measured = measured
-        self._bound = bound
+        self._memory = memory
         self._seconds: dict[Piece, float] = {}
 
     def found(self, wanted: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, Iterator[Cell]]]:
         """Yield the alphas of a round, each with its cells; what was found before an error comes before it."""
-        tasks = assigned(wanted, self._ranks.size, self._seconds, self._bound)
+        tasks = assigned(wanted, self._ranks.size, self._seconds, self._memory.bound)
         mine = [self._done(task) for task in tasks[self._ranks.rank]]
-        all_told = self._ranks.gathered([(mine, sorted(self._bound))])
+        self._memory.settled(wait=True)
+        all_told = self._ranks.gathered([(mine, sorted(self._memory.bound))])
         told = [one for theirs, _ in all_told for one in theirs]
-        self._bound.update(*(bound for _, bound in all_told))
+        self._memory.bound.update(*(bound for _, bound in all_told))
         self._seconds |= {(one.task.chain, kind): s for one in told for kind, s in one.spent.items()}
         for index in sorted(wanted):
             yield index, _replayed(wanted[index], [one for one in told if one.task.index == index])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpscope.assignment import SETUP, assigned, kind_of
+from sharpscope.memory import Memory
 from sharpscope.rounds import Apart
 from sharpscope.table import Cell, cell_key
 
@@ -89,7 +90,9 @@ def test_seconds_of_all_ranks_decide_and_nothing_is_shared_before_they_are_known
             yield Cell(cell_key(task.index, *kind.split("|")), ())
 
     ranks = Two()
-    apart = Apart(ranks, measured, set(BOUND))
+    memory = Memory(None)
+    memory.bound |= BOUND
+    apart = Apart(ranks, measured, memory)
     for index in (0, 1):
         list(apart.found({index: KINDS}))
     assert asked == [(0, KINDS), (1, ("id|lambda_max",))]

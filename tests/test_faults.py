@@ -352,9 +352,13 @@ def test_a_fault_is_said_ends_with_3_loses_nothing_and_once_repaired_the_scan_re
 def test_vectors_that_do_not_fit_on_the_disk_are_an_error_and_leave_no_half_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    memory = Memory(tmp_path)
     try:
+        memory.keep(0, {"lambda_max": {"weight": torch.zeros(10_000)}})
         with pytest.raises(OutputError, match=r"memory-0000\.safetensors cannot be written: .*File too large"):
-            Memory(tmp_path).keep(0, {"lambda_max": {"weight": torch.zeros(10_000)}})
+            memory.settled(wait=True)
+        with pytest.raises(OutputError, match="cannot be written"):
+            memory.settled()  # so that no cell that goes with it is written either
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
