@@ -4,23 +4,26 @@ Usage, from the root of the repository, on a machine with two or more GPUs::
 
     PYTHONPATH=. python benchmarks/sharded.py --size b32 --out benchmarks/results/sharded-b32-h200.json
 
-One process scans with all the memory there is. Two runs have a limit: one process, which must run out of memory, and
-the model in shards over all processes, which must not.
+One process scans with all the memory there is, then with a limit that torch's allocator keeps, which is lowered until
+the scan runs out of memory whatever it does. Under that limit the model in shards over all processes must be scanned.
+On a CPU nothing is limited and only the numbers are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import facts, versions
-from scaling import ends, gap, in_shards, loader, turn, weights
+from scaling import ends, gap, in_shards, loader, weights
 from towers import SIZES
 
 import sharpscope
@@ -30,22 +33,26 @@ from sharpscope.errors import SharpscopeError
 from sharpscope.perturbation import MSharpness
 from sharpscope.ranks import joined, launched
 
+STEP = 0.85  # of the limit that is lowered
+
 
 def scan(chosen: argparse.Namespace, nets: Any, name: str, memory: int | None) -> dict[str, Any]:
-    """Scan one alpha between the ends; return peaks of all processes, or what was said instead."""
-    if chosen.device == "cuda":
+    """Scan one alpha between the ends; return peaks of all processes, and what was said if it did not end well."""
+    cuda, said, notes = chosen.device == "cuda", None, []
+    if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    said = None
+    begun = time.perf_counter()
     try:
-        with turn(chosen):
-            result = measured(chosen, nets, name, memory)
-        notes = result.meta["warnings"]
-    except SharpscopeError as error:
-        said, notes = str(error), []
+        notes = measured(chosen, nets, name, memory).meta["warnings"]
+    except (SharpscopeError, torch.OutOfMemoryError) as error:
+        said = str(error).splitlines()[0]
+    seconds = round(time.perf_counter() - begun, 2)
     with joined() as ranks:
-        peaks = ranks.gathered([torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 0])
-    return {"run": name, "processes": len(peaks), "limit": memory, "peak_bytes": peaks, "error": said, "notes": notes}
+        peaks = ranks.gathered([torch.cuda.max_memory_allocated() if cuda else None])
+    found = {"run": name, "processes": len(peaks), "seconds": seconds, "peak_bytes": peaks, "error": said}
+    return {**found, "budget_bytes": memory, "notes": notes}
 
 
 def measured(chosen: argparse.Namespace, nets: Any, name: str, memory: int | None) -> Any:
@@ -57,7 +64,7 @@ def measured(chosen: argparse.Namespace, nets: Any, name: str, memory: int | Non
         measures=[Trace(most=2), Eigenvalue(most=3), MSharpness(m=8)],
         limit=chosen.images,
         batch_size=chosen.images // 2,
-        precision="high",
+        precision="highest",
         device=chosen.device,
         memory=memory,
         out=chosen.work / name,
@@ -68,19 +75,32 @@ def measured(chosen: argparse.Namespace, nets: Any, name: str, memory: int | Non
 
 def worker(chosen: argparse.Namespace) -> None:
     """Do the runs of this torchrun; the first process writes what came out."""
+    processes = int(os.environ["WORLD_SIZE"])
     with launched(chosen.device) as leads:
         nets = ends(SIZES[chosen.size], chosen)
-        if int(os.environ["WORLD_SIZE"]) == 1:
-            rows = [scan(chosen, nets, "alone", None)]
-            size = sum(tensor.nbytes for tensor in nets[0].parameters())
-            limit = int(chosen.sizes * size) if chosen.device == "cuda" else None
-            rows.append(scan(chosen, nets, "alone, limited", limit))
+        if processes == 1:
+            rows = alone(chosen, nets)
         else:
-            alone = json.loads((chosen.work / "sharded-1.json").read_text())
+            limit = json.loads(done(chosen, 1).read_text())[-1]["budget_bytes"]
             nets = [in_shards(net, chosen.device, on_host=i > 0) for i, net in enumerate(nets)]
-            rows = [scan(chosen, nets, "in shards, limited", alone[1]["limit"])]
+            rows = [scan(chosen, nets, "in shards", limit)]
         if leads:
-            (chosen.work / f"sharded-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(rows))
+            done(chosen, processes).write_text(json.dumps(rows))
+
+
+def alone(chosen: argparse.Namespace, nets: Any) -> list[dict[str, Any]]:
+    """Return the runs of one process: without a limit, then with ever lower ones, down to the first that is too low."""
+    rows = [scan(chosen, nets, "alone", None)]
+    limit = chosen.sizes * sum(tensor.nbytes for tensor in nets[0].parameters())
+    while chosen.device == "cuda" and rows[-1]["error"] is None and len(rows) < 9:
+        rows.append(scan(chosen, nets, "alone, limited", int(limit)))
+        limit *= STEP
+    return rows
+
+
+def done(chosen: argparse.Namespace, processes: int) -> Path:
+    """Return the file with the runs of a torchrun."""
+    return Path(chosen.work / f"sharded-{processes}.json")
 
 
 def main() -> None:
@@ -90,7 +110,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=max(torch.cuda.device_count(), 2))
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--sizes", type=float, default=9.5, help="the limit, in bytes of the model's weights")
+    parser.add_argument("--sizes", type=float, default=9.5, help="the first limit, in the size of the weights")
     parser.add_argument("--trained", type=int, nargs=2, default=(30, 60), help="optimiser steps of the two ends")
     parser.add_argument("--work", type=Path, default=Path("work/sharded"))
     parser.add_argument("--out", type=Path)
@@ -104,16 +124,15 @@ def main() -> None:
     for count in (1, chosen.processes):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--worker", "--work", str(chosen.work)]
-        spare, own = torch.cuda.device_count() - 1, {}
-        if count == 1 and spare >= chosen.processes:  # beside what else runs on this machine, see scaling.py
-            own = {"CUDA_VISIBLE_DEVICES": str(spare), "SHARED_MACHINE": "1"}
-        subprocess.run(command, check=True, env={**os.environ, **own})
-        rows += json.loads((chosen.work / f"sharded-{count}.json").read_text())
-    found = {"rows": rows, "gap": gap(chosen.work, "alone", "in shards, limited"), "versions": versions()}
-    found |= {"settings": {k: v for k, v in vars(chosen).items() if k not in ("out", "work", "worker")}}
-    print(json.dumps([rows, found["gap"]], indent=1))
+        subprocess.run(command, check=True)
+        rows += json.loads(done(chosen, count).read_text())
+    said = {k: v for k, v in vars(chosen).items() if k not in ("out", "work", "worker")}
+    there = rows[-1]["error"] is None
+    found = {"settings": said, "rows": rows, "gap": gap(chosen.work, "alone", "in shards") if there else None}
+    print(json.dumps(found, indent=1))
     if chosen.out:
-        chosen.out.write_text(json.dumps({**found, "machine": facts(chosen.device, 1)}, indent=1) + "\n")
+        found |= {"versions": versions(), "machine": facts(chosen.device, torch.get_num_threads())}
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
