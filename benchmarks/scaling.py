@@ -16,11 +16,8 @@ it. The results are written after every scan, and scans of the same settings tha
 from __future__ import annotations
 
 import argparse
-import cProfile
 import json
 import os
-import pstats
-import shutil
 import subprocess
 import sys
 import time
@@ -30,152 +27,24 @@ from typing import Any
 
 import torch
 from machine import facts, versions
-from safetensors.torch import load_file, save_file
-from towers import SIZES, Size, Tower, draw, tower, train
+from safetensors.torch import save_file
+from scaling_worker import MODES, STATES, done, folder, modes, trained, worker
+from towers import SIZES, train
 
-import sharpscope
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
-from sharpscope.perturbation import MSharpness
-from sharpscope.ranks import joined, launched
 from sharpscope.result import open_result
 
-MODES = ("data", "alphas", "weights")
-Loader = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def ends(size: Size, chosen: argparse.Namespace) -> list[Tower]:
-    """Return the two networks whose weights are in the folder, on the device of this process."""
-    place = torch.device(chosen.device, int(os.environ["LOCAL_RANK"])) if chosen.device == "cuda" else "cpu"
-    found = []
-    for state in ("start", "end"):
-        with torch.device(place):  # random weights of 300 M take a CPU seconds
-            net = tower(size, "sdpa")
-        net.load_state_dict(load_file(chosen.work / f"{state}.safetensors"))
-        found.append(net.requires_grad_(False))
-    return found
-
-
-def in_shards(net: Tower, device: str, *, on_host: bool) -> Tower:
-    """Return the network after ``fully_shard``, block by block."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
-    mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
-    policy = CPUOffloadPolicy() if on_host and device == "cuda" else OffloadPolicy()
-    blocks = next(sub for sub in net.modules() if isinstance(sub, torch.nn.ModuleList))
-    for module in (*blocks, net):
-        fully_shard(module, mesh=mesh, offload_policy=policy)
-    return net
-
-
-def loader(size: Size, count: int, seed: int) -> Loader:
-    """Return images in batches."""
-    x, y = draw(size, count, seed)
-    return list(zip(x.split(size.batch), y.split(size.batch), strict=True))
-
-
-class Work:
-    """The networks and images of a size, made once in a process."""
-
-    def __init__(self, chosen: argparse.Namespace) -> None:
-        size = SIZES[chosen.size]
-        self._chosen = chosen
-        self._ends = ends(size, chosen)
-        self._sets = [loader(size, chosen.evaluated, seed) for seed in (1, 2)]
-
-    def scan(self, mode: str, out: Path | None, alphas: int | list[float]) -> Any:
-        """Scan the path between the two networks; with ``out`` None a short scan that compiles all kernels."""
-        chosen, processes = self._chosen, int(os.environ["WORLD_SIZE"])
-        if mode == "weights":  # the last mode: there is no way back
-            self._ends = [in_shards(net, chosen.device, on_host=i > 0) for i, net in enumerate(self._ends)]
-        draws, steps = (chosen.draws, chosen.steps) if out else (2, 2)
-        return sharpscope.scan(
-            *self._ends,
-            self._sets[0],
-            ood={"other": self._sets[1]},
-            alphas=alphas,
-            limit=chosen.limit if out else min(chosen.batch * processes, chosen.limit),
-            measures=[Trace(most=draws), Eigenvalue(most=steps), MSharpness(m=min(32, chosen.batch))],
-            batch_size=chosen.batch,
-            interventions=False,
-            chains=chosen.chains if out else 1,
-            # One process does the same plan whatever it shares.
-            parallel=mode if out else None,
-            precision=chosen.precision,
-            device=chosen.device,
-            memory=chosen.memory and int(chosen.memory * 1e9),
-            out=out,
-            fresh=True,
-            progress=None if out else False,
-        )
-
-
-def timed(work: Work, chosen: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """Return what one scan took in these processes."""
-    out = folder(chosen, mode, int(os.environ["WORLD_SIZE"]))
-    cuda = chosen.device == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with joined() as ranks:
-        ranks.led(lambda: shutil.rmtree(out, ignore_errors=True))  # all begin together
-    begun = time.perf_counter()
-    result = work.scan(mode, out, chosen.alphas)
-    seconds = time.perf_counter() - begun
-    with joined() as ranks:
-        peaks = ranks.gathered([torch.cuda.max_memory_allocated() if cuda else None])
-    whole = torch.cuda.get_device_properties(0).total_memory if cuda else None
-    unmet = int((~result.layers["converged"]).sum())
-    found = {"seconds": round(seconds, 2), "peak_bytes": peaks, "unconverged": unmet}
-    found["budget_bytes"] = int(chosen.memory * 1e9) if chosen.memory else whole
-    return {"parallel": mode, **result.meta["cost"], **found, "notes": result.meta["warnings"]}
-
-
-def worker(chosen: argparse.Namespace) -> None:
-    """Time the scans of every mode in every process of this torchrun; the first one writes what they took."""
-    processes = int(os.environ["WORLD_SIZE"])
-    with launched(chosen.device) as leads:
-        work = Work(chosen)
-        work.scan("", None, [0.0])
-        start = {"start_seconds": round(time.time() - float(os.environ["SCALING_BEGUN"]), 1)}
-        for mode in modes(chosen, processes):
-            cost = timed(work, chosen, mode)
-            if leads:
-                done(chosen, mode, processes).write_text(json.dumps({**cost, **start}))
-        if chosen.profile and processes == max(chosen.processes):
-            profile(work, chosen)
-
-
-def profile(work: Work, chosen: argparse.Namespace) -> None:
-    """Write where the time of a shared scan of a few alphas goes, call by call, for every process."""
-    with cProfile.Profile() as profiler:
-        work.scan("data", chosen.work / "profile", [0.1 * i for i in range(max(2, *chosen.processes))])
-    with Path(f"{chosen.profile}-{os.environ['RANK']}.txt").open("w") as file:
-        pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(45).sort_stats("cumtime").print_stats(70)
-
-
-def modes(chosen: argparse.Namespace, processes: int) -> list[str]:
-    """Return the modes that are run; those of one process are all the same."""
-    return list(chosen.modes[: None if processes > 1 else 1])
-
-
-def folder(chosen: argparse.Namespace, mode: str, processes: int) -> Path:
-    """Return where a scan is kept."""
-    return Path(chosen.work / f"{mode}-{processes}")
-
-
-def done(chosen: argparse.Namespace, mode: str, processes: int) -> Path:
-    """Return the file that says what a scan took, there when it has ended."""
-    return folder(chosen, mode, processes).with_suffix(".json")
+PLACES = ("out", "work", "worker", "profile")
+SCHEDULE = ("processes", "modes", "most_seconds", "at_once")
 
 
 def weights(chosen: argparse.Namespace) -> None:
     """Train the two ends for a few steps, unless they are there."""
     chosen.work.mkdir(parents=True, exist_ok=True)
-    size = replace(SIZES[chosen.size], steps=dict(zip(("start", "end"), chosen.trained, strict=True)))
-    for name in size.steps:
-        path = chosen.work / f"{name}.safetensors"
+    size = replace(SIZES[chosen.size], steps=dict(zip(STATES, chosen.trained, strict=True)))
+    for name in STATES:
+        path = trained(chosen, name)
         if not path.exists():
             found, _ = train(size, name, chosen.device)
             save_file({key: tensor.contiguous() for key, tensor in found.items()}, path)
@@ -248,20 +117,8 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 def forget_others(chosen: argparse.Namespace) -> None:
     """Remove what scans of other settings took."""
-    kept = (
-        "size",
-        "device",
-        "alphas",
-        "chains",
-        "limit",
-        "evaluated",
-        "batch",
-        "draws",
-        "steps",
-        "precision",
-        "memory",
-    )
-    said, file = json.dumps({name: getattr(chosen, name) for name in kept}), chosen.work / "settings.txt"
+    said = json.dumps({k: v for k, v in vars(chosen).items() if k not in (*PLACES, *SCHEDULE)})
+    file = chosen.work / "settings.txt"
     if not file.exists() or file.read_text() != said:
         for cost in chosen.work.glob("*-*.json"):
             cost.unlink()
@@ -275,7 +132,7 @@ def written(chosen: argparse.Namespace, known: list[dict[str, Any]]) -> list[dic
         said = f"{row['seconds']} s, {row['speedup']:.2f} times as fast, {row['efficiency']:.0%}"
         print(f"{row['parallel']} {row['processes']}: {said}, {row['start_seconds']} s to start", flush=True)
     if chosen.out is not None and len(found) > len(known):
-        said = {k: v for k, v in vars(chosen).items() if k not in ("out", "work", "worker", "profile")}
+        said = {k: v for k, v in vars(chosen).items() if k not in PLACES}
         machine = {**facts(chosen.device, torch.get_num_threads()), "gpus": torch.cuda.device_count()}
         report = {"settings": said, "rows": found, "versions": versions(), "machine": machine}
         chosen.out.write_text(json.dumps(report, indent=1) + "\n")

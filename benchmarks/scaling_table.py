@@ -1,4 +1,4 @@
-"""The table of several GPUs, made of results/scaling-*.json; ``tables.py`` writes it into README.md."""
+"""The tables of several GPUs, of results/scaling-*.json and sharded-*.json, for ``tables.py`` to write."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ HERE = Path(__file__).parent
 HEAD = (
     "| network, images | GPUs | shared | seconds | times as fast | efficiency | peak a GPU, GB (of) "
     "| largest gap of a value |\n|---|---|---|---|---|---|---|---|"
+)
+
+SHARDS = (
+    "| network, images | run | GPUs | limit a GPU, GB | peak, GB | seconds | largest gap of a value |\n"
+    "|---|---|---|---|---|---|---|"
 )
 
 
@@ -38,3 +43,24 @@ def table(folder: Path = HERE / "results") -> str:
         found = json.loads(path.read_text())
         lines += [line(found["settings"], found["machine"], found["rows"][0], row) for row in found["rows"]]
     return "\n".join([HEAD, *lines])
+
+
+def shards(folder: Path = HERE / "results") -> str:
+    """Return the table of scans in shards, and of the scans on one GPU that they stand against."""
+    lines = []
+    for path in sorted(folder.glob("sharded-*.json")):
+        found = json.loads(path.read_text())
+        size = f"{found['settings']['size']}, {found['settings']['images']}, {found['machine']['device']}"
+        for row in found["rows"]:
+            limit, peaks = row["budget_bytes"], [peak for peak in row["peak_bytes"] if peak is not None]
+            cells = (
+                size,
+                row["run"],
+                str(row["processes"]),
+                f"{limit / 1e9:.2f}" if limit else "-",
+                f"{max(peaks) / 1e9:.2f}" if peaks else "-",
+                f"{row['seconds']:.1f}" if row["error"] is None else "out of memory",
+                f"{max(found['gap'].values()):.0e}" if row["run"] == "in shards" and found["gap"] else "-",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([SHARDS, *lines])

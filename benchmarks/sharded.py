@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from machine import facts, versions
-from scaling import ends, gap, in_shards, loader, weights
+from scaling import gap, weights
+from scaling_worker import ends, in_shards, loader
 from towers import SIZES
 
 import sharpscope

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
+from sharpscope.sharding import all_gather
 from sharpscope.tree import Tree, unflat
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ class Ranks:
             joined_nodes: list[_Node] = []
             for (level, place), piece in zip(chain.from_iterable(blocks), slices, strict=True):
                 _push(joined_nodes, _Node(level, place, {"": piece}))
-            dist.all_gather_into_tensor(every, _total(joined_nodes).get("", torch.zeros_like(every[:width])))
+            all_gather(every, _total(joined_nodes).get("", torch.zeros_like(every[:width])))
         return unflat(every[:length], like)
 
     def _go_on(self) -> None:

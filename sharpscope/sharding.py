@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def all_gather(found: Tensor, own: Tensor, group: Any = None) -> None:
+    """Fill ``found`` with every process's tensor, one after the other along the first axis."""
+    # As torch 2.13 calls it, or as those before it did.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(found, own, group=group)
+
+
+def _reduce_scatter(found: Tensor, every: Tensor, group: Any) -> None:
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    scatter(found, every, group=group)
+
+
 def is_shard(tensor: Tensor) -> bool:
     """Return whether this process may hold a part of the tensor only."""
     return hasattr(tensor, "device_mesh")
@@ -83,7 +95,7 @@ def over_ranks(own: Tensor, mesh: Any) -> Tensor:
         return own
     every = own.new_empty(mesh.size() * own.numel())
     # Gathered and added here in the order of the ranks, so that all have the same bits and take the same turns.
-    dist.all_gather_into_tensor(every, own.reshape(-1), group=mesh.get_group())
+    all_gather(every, own.reshape(-1), group=mesh.get_group())
     return every.view(mesh.size(), *own.shape).sum(0)
 
 
@@ -117,7 +129,7 @@ class _Whole(torch.autograd.Function):
             return own.clone()
         each = _rows(shard.shape[0], shard)[1]
         found = own.new_empty((each * shard.device_mesh.size(), *own.shape[1:]))
-        dist.all_gather_into_tensor(found, _padded(own, each), group=shard.device_mesh.get_group())
+        all_gather(found, _padded(own, each), group=shard.device_mesh.get_group())
         return found[: shard.shape[0]]
 
     @staticmethod
@@ -137,7 +149,7 @@ class _Parts(torch.autograd.Function):
             return shard_of(total, like)
         own, each = _rows(len(gradient), like)
         found = gradient.new_empty((each, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(found, _padded(gradient, each * like.device_mesh.size()), group=group)
+        _reduce_scatter(found, _padded(gradient, each * like.device_mesh.size()), group=group)
         return shard_of(found[: own.stop - own.start], like)
 
     @staticmethod
@@ -176,7 +188,7 @@ class _AllRows(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, count: int, mesh: Any) -> Tensor:
         ctx.mesh = mesh
         found = own.new_empty((len(own) * mesh.size(), *own.shape[1:]))
-        dist.all_gather_into_tensor(found, own.contiguous(), group=mesh.get_group())
+        all_gather(found, own.contiguous(), group=mesh.get_group())
         return found[:count]
 
     @staticmethod
