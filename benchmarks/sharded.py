@@ -123,6 +123,9 @@ def main() -> None:
     weights(chosen)
     rows = []
     for count in (1, chosen.processes):
+        if done(chosen, count).exists():  # a call that was cut goes on here
+            rows += json.loads(done(chosen, count).read_text())
+            continue
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--worker", "--work", str(chosen.work)]
         subprocess.run(command, check=True)

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
         if isinstance(self.inputs, Mapping):
             pairs = [(tensor, other.inputs[name]) for name, tensor in self.inputs.items()]
         for mine, theirs in [*pairs, (self.targets, other.targets)]:
-            mine.copy_(theirs)
+            mine.data.copy_(theirs)  # .data: a graph that saved them is computed anew, and autograd need not know
 
     def split(self, pieces: int) -> list[Batch]:
         """Return the examples in so many batches, as even as may be, or fewer."""

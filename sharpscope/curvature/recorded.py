@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,13 +57,20 @@ class Recorder:
             If the work cannot be recorded, as it waits for the device.
         """
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: others, as those that watch over a process group, go on meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            result = work()
-        finally:
-            graph.capture_end()
+        with _nothing_compiled():
+            # Only this thread's calls count: others, as those that watch over a process group, go on meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
         return graph.replay, result
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Let functions that have not been compiled for their arguments run as they are: no compiler can be recorded."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    return set_stance("eager_on_recompile") if set_stance else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -109,4 +116,8 @@ class Products:
             self._known[names] = _Recorded(replay, given, found, like)
         except RuntimeError as refusal:  # also for want of memory
             recorder.on = False
-            warnings.warn(f"Hessian products run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)
+            warnings.warn(f"Hessian products run unrecorded: {_shortened(refusal)}", stacklevel=2)
+
+
+def _shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
