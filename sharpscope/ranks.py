@@ -177,7 +177,10 @@ def _push(nodes: list[_Node], node: _Node) -> None:
 
 
 def _plus(a: Tree, b: Tree) -> Tree:
-    return {**a, **{name: a[name] + tensor if name in a else tensor for name, tensor in b.items()}}
+    both = [name for name in b if name in a]
+    # One launch for all: on a GPU two hundred small additions take as long as a product.
+    sums = torch._foreach_add([a[name] for name in both], [b[name] for name in both]) if both else ()
+    return {**a, **b, **dict(zip(both, sums, strict=True))}
 
 
 def _blocks(share: range) -> Iterator[tuple[int, int]]:
