@@ -46,8 +46,13 @@ def sharpscope(task: Task) -> Iterator[Answer]:
     own = task.size.probe_batch  # every batch has probes of its own, so small ones need fewer; the images are the same
     batches = tuple(Batch(*pair) for pair in zip(x.split(own), y.split(own), strict=True))
     objective = Objective(net.forward, summed, batches)
-    names = tuple(net.parameters)
-    point = Point(objective, {**net.parameters, **net.buffers}, names, workspace=Workspace())
+    names, weights = tuple(net.parameters), {**net.parameters, **net.buffers}
+    if task.device.startswith("cuda"):
+        compiled = Point(Objective(net.forward, summed, batches[:1]), weights, names)
+        compiled.product(compiled.gradient)
+        del compiled
+        yield Answer("kernels", MODEL)  # once in a process: no cost of an alpha
+    point = Point(objective, weights, names, workspace=Workspace())
     partition = Partition(task.layers)
     yield Answer("setup", MODEL)
     target = task.target

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,31 @@ def path() -> str:
     return f"{table(head, rows)}\n\n{about(result)} Peak {result['peak_bytes'] / GIB:.0f} GiB."
 
 
+def moves() -> str:
+    """Return what an alpha costs when the weights moved further since the last."""
+    result = json.loads((RESULTS / "moves-b32-h200.json").read_text())
+    rows = []
+    for row in result["rows"]:
+        if row["alpha"] > 1:
+            continue
+        costs, counts = row["gradients"], row["products"]["lambda_max"]
+        move = f"{100 * row['move']:.1f} %" if row["alpha"] else "-"
+        rows.append(
+            [row["images"], f"{row['alpha']:.2f}", move, *(f"{costs[m]:.1f}" for m in ("setup", "trace", "lambda_max")),
+             f"{counts['whole_products']}, {counts['block_products']}", f"{row['peak_bytes'] / GIB:.0f}"]
+        )  # fmt: skip
+    head = ["images", "alpha", "moved by, of the weights' length", "point", "trace", "eigenvalue",
+            "its whole, block products", "peak, GiB"]  # fmt: skip
+    limit = result["settings"]["memory"]
+    return f"{table(head, rows)}\n\n{about(result)} Limit of memory {limit} GiB."
+
+
 def growth() -> str:
     """Return what products cost by images and network."""
     result = json.loads((RESULTS / "growth-h200.json").read_text())
     rows = [
-        [NAMES[row["size"]], f"{row['weights'] / 1e6:.0f} M", row["layers"], row["images"], row["batch"],
+        [NAMES[row["size"]], f"{row['weights'] / 1e6:.0f} M", f"{row['layers']} ({row['granularity']})",
+         row["images"], row["batch"],
          f"{row['kept_graphs']} of {row['batches']}", f"{row['gradient_seconds']:.3f}",
          *(f"{row['gradients'][what]:.2f}" for what in ("move", "whole_product", "all_blocks")),
          f"{row['kept_bytes'] / GIB:.0f} of {row['graph_budget'] / GIB:.0f}", f"{row['peak_bytes'] / GIB:.0f}"]
@@ -72,12 +93,12 @@ def growth() -> str:
     head = ["network", "weights", "layers", "images", "batch", "graphs kept", "gradient, s", "new point",
             "whole product",
             "all blocks", "kept, GiB", "peak, GiB"]  # fmt: skip
-    return f"{table(head, rows)}\n\n{about(result)}"
+    return f"{table(head, rows)}\n\n{about(result)} Limit of memory {result['settings']['memory']} GiB."
 
 
-def layerwise() -> str:
+def layerwise(name: str) -> str:
     """Return what sharpscope and its peers need for the same answers."""
-    result = json.loads((RESULTS / "layerwise-tiny-cpu.json").read_text())
+    result = json.loads((RESULTS / f"layerwise-{name}.json").read_text())
     states = (
         f"`{name}`, loss {state['training_loss']:.2g}:\n\n{summary.table(state['summary'])}"
         for name, state in result["states"].items()
@@ -86,10 +107,13 @@ def layerwise() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "layerwise": layerwise,
+    "layerwise": partial(layerwise, "tiny-cpu"),
+    "layerwise_b32": partial(layerwise, "b32-h200"),
     "path": path,
+    "moves": moves,
     "growth": growth,
     "scaling": scaling_table.table,
+    "shards": scaling_table.shards,
 }
 
 

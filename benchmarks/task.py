@@ -41,7 +41,7 @@ class Target:
 class Answer(NamedTuple):
     """One layer of one measure: value, standard error or residual, draws or steps, Hessian products paid."""
 
-    stage: str  # "setup", "trace", "lambda_max", "model"
+    stage: str  # "kernels", "setup", "trace", "lambda_max", "model"
     layer: str
     value: float = math.nan
     error: float = math.nan

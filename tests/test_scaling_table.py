@@ -1,4 +1,4 @@
-"""The tables of several GPUs have the runs of the result files, and no run took more memory than it may."""
+"""The tables of several GPUs have the runs of the result files, and no run took more memory than it might."""
 
 import importlib.util
 import json
@@ -61,6 +61,23 @@ def over_budget(folder):
             if None in peaks or len(peaks) != row["processes"] or (budget and max(peaks) > budget):
                 found.append((path.name, row.get("run", row.get("parallel")), row["processes"]))
     return found
+
+
+def over_limit(folder):
+    """Rows of costs that took more than the limit of their run, in GiB."""
+    found = []
+    for path in (*folder.glob("growth-*.json"), *folder.glob("moves-*.json")):
+        stored = json.loads(path.read_text())
+        limit = stored["settings"]["memory"] * 2**30
+        found += [(path.name, row["images"]) for row in stored["rows"] if row["peak_bytes"] > limit]
+    return found
+
+
+def test_no_stored_cost_was_measured_above_its_limit_of_memory(tmp_path):
+    assert over_limit(HERE / "results") == []
+    rows = [{"images": n, "peak_bytes": n * 2**30} for n in (1, 3)]
+    (tmp_path / "growth-some.json").write_text(json.dumps({"settings": {"memory": 2}, "rows": rows}))
+    assert over_limit(tmp_path) == [("growth-some.json", 3)]
 
 
 def test_no_stored_run_took_more_memory_than_it_may(tmp_path):
