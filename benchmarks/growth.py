@@ -81,7 +81,8 @@ def case(text: str, device: torch.device, granularity: Granularity) -> dict[str,
     }
     return {
         "size": name, "images": images_count, "batch": in_batch,
-        "layers": len(layers.layers), "granularity": granularity, "weights": sum(w.numel() for w in net.parameters.values()), "batches": len(batches),
+        "layers": len(layers.layers), "granularity": granularity,
+        "weights": sum(w.numel() for w in net.parameters.values()), "batches": len(batches),
         "kept_graphs": len(point._graphs.kept), "kept_bytes": point._graphs.kept_bytes, "graph_budget": budget,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "gradient_seconds": one, "gradients": {what: took / one for what, took in spent.items()},

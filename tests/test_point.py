@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, jvp
 from sharpscope import tree
 from sharpscope.curvature.point import Point
 from sharpscope.losses import cross_entropy
+from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 
@@ -83,6 +84,58 @@ def test_only_as_many_graphs_are_kept_as_the_budget_allows():
     _, all_kept, _ = point("vit")
     _, none_kept, _ = point("vit", graph_bytes=0)
     assert (len(all_kept._graphs.kept), len(none_kept._graphs.kept)) == (3, 0)
+
+
+class Funnel(nn.Module):
+    """A wide body and a head that has less than 2 % of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 2, bias=False)
+        self.deep = nn.Linear(64, 128)
+        self.up = nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.head(self.norm(self.up(torch.tanh(self.deep(torch.tanh(self.body(x)))))))
+
+
+LATE = ("up.bias", "norm.weight", "head.weight")
+
+
+def funnel(graph_bytes):
+    torch.manual_seed(0)
+    net = network(Funnel().double().eval(), "the funnel")
+    x, y = torch.randn(12, 8, dtype=torch.float64), torch.arange(12) % 2
+    made, batches = [], tuple(map(Batch, x.split(5), y.split(5)))
+
+    def forward(weights, inputs):
+        made.append(tuple(name for name, tensor in weights.items() if tensor.requires_grad))
+        return net.forward(weights, inputs)
+
+    names = ("body.weight", "body.bias", "deep.weight", "deep.bias", "up.weight", *LATE)
+    weights = {**net.parameters, **net.buffers}
+    here = Point(Objective(forward, cross_entropy, batches), weights, names, graph_bytes=graph_bytes)
+    return here, made
+
+
+def test_late_layers_alone_ask_for_no_whole_graph_and_have_the_same_products():
+    (kept, _), (none_kept, made) = funnel(None), funnel(0)
+    for names, wanted in ((LATE, LATE), (LATE[2:], LATE), (("up.weight", *LATE), tuple(kept.leaves))):
+        v = tree.gaussian(tree.select(kept.gradient, names), "v")
+        before = len(made)
+        torch.testing.assert_close(none_kept.block_product(names, v), kept.block_product(names, v))
+        assert {frozenset(names) for names in made[before:]} == {frozenset(wanted)}
+
+
+def test_graphs_of_late_layers_are_kept_in_what_room_is_left():
+    room = funnel(None)[0].graph_bytes // 2
+    here, made = funnel(room)
+    v = tree.gaussian(tree.select(here.gradient, ("head.weight",)), "v")
+    here.block_product(("head.weight",), v)
+    before = len(made)
+    here.block_product(("head.weight",), v)
+    assert len(here._graphs.kept) == 0
+    assert len(made) == before
 
 
 def test_products_leave_no_grad_and_no_garbage():

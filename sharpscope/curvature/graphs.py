@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -112,14 +113,14 @@ class Graphs(Generic[Graph]):
         """Yield the graphs of each batch."""
         if self._pieces > 1:
             return (_Anew(self._make, batch.split(self._pieces)) for batch in self._batches)
-        return ((graph,) for graph in self._whole())
+        return map(self.of, range(len(self._batches)))
 
-    def _whole(self) -> Iterator[Graph]:
-        for index, batch in enumerate(self._batches):
-            if index < len(self.kept):
-                yield self.kept[index]
-            else:
-                yield self._again(batch) if self._full else self._first(batch)
+    def of(self, index: int) -> Iterable[Graph]:
+        """Return a batch's graph, made when it is asked for; at first the batches come in their order."""
+        if index < len(self.kept):
+            return (self.kept[index],)
+        batch = self._batches[index]
+        return _Later(partial(self._again, batch)) if self._full else (self._first(batch),)
 
     def _again(self, batch: Batch) -> Graph:
         return self._make(batch)
@@ -142,6 +143,20 @@ class Graphs(Generic[Graph]):
             self.kept_bytes += counter.bytes
             self.kept.append(graph)
         return graph
+
+
+@dataclass
+class _Later(Generic[Graph]):
+    """A graph that is made at its first use: where only late layers are asked for, it is none."""
+
+    make: Callable[[], Graph]
+
+    def __iter__(self) -> Iterator[Graph]:
+        return iter((self._made,))
+
+    @cached_property
+    def _made(self) -> Graph:
+        return self.make()
 
 
 @dataclass(frozen=True)

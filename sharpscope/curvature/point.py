@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from sharpscope.curvature.graphs import Part, block_diagonal, summed
+from sharpscope.curvature.graphs import Graphs, Part, block_diagonal, summed
 from sharpscope.curvature.workspace import GradientGraph, Workspace
 from sharpscope.objective import Objective
 from sharpscope.tree import Tree, select
@@ -153,8 +153,21 @@ class Point:
 
     def parts(self) -> Iterator[Part]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
-        for graphs in self._graphs.by_batch():
-            yield partial(summed, self._part, graphs)
+        for number, graphs in enumerate(self._graphs.by_batch()):
+            yield partial(self._part, number - len(self._graphs.kept), graphs)
 
-    def _part(self, graph: GradientGraph, names: Sequence[str], v: Tree) -> Tree:
-        return graph.product(self.leaves, names, v)
+    def _part(self, beyond: int, graphs: Iterable[GradientGraph], names: Sequence[str], v: Tree) -> Tree:
+        if beyond >= 0 and self._free.issuperset(names):
+            graphs = self._late.of(beyond)
+        return summed(GradientGraph.product, graphs, names, v)
+
+    @cached_property
+    def _free(self) -> frozenset[str]:
+        """Tensors of late layers, where they may have graphs of their own: a search left to them walks no others."""
+        if self.objective.pieces > 1 or self.objective.again is not None:
+            return frozenset()
+        return frozenset(name for name, share in self._above.items() if share < FREE)
+
+    @cached_property
+    def _late(self) -> Graphs[GradientGraph]:
+        return self._place.late([name for name in self.leaves if name in self._free], len(self._graphs.kept))

@@ -24,15 +24,16 @@ class GradientGraph:
 
     loss: Tensor
     gradient: Tree  # tensors the loss does not touch are absent
+    leaves: Tree
     products: Products
 
-    def product(self, leaves: Tree, names: Sequence[str], v: Tree) -> Tree:
+    def product(self, names: Sequence[str], v: Tree) -> Tree:
         """Return what the batch adds to the block of the named tensors times v; tensors without a part are absent."""
         # A gradient without grad_fn is constant: its row of the Hessian is zero.
         live = [n for n in names if n in self.gradient and self.gradient[n].requires_grad]
         if not live:
             return {}
-        gradient, by = [self.gradient[n] for n in live], [leaves[n] for n in names]
+        gradient, by = [self.gradient[n] for n in live], [self.leaves[n] for n in names]
 
         def product(v: Tree) -> Tree:
             directions = [v[n] for n in live]
@@ -63,6 +64,16 @@ class Place:
     def serves(self, objective: Objective, names: Sequence[str], graph_bytes: int | None) -> bool:
         """Return whether it is one for just that."""
         return objective is self.objective and tuple(names) == tuple(self.leaves) and graph_bytes == self.asked
+
+    def late(self, names: Sequence[str], first: int) -> Graphs[GradientGraph]:
+        """Return graphs that reach down to the named tensors only, of the batches from the first one on.
+
+        Where these are the last layers, such a graph is small, and making it costs a forward.
+        """
+        leaves = {name: self.leaves[name].detach().requires_grad_() for name in names}
+        weights = {**{name: tensor.detach() for name, tensor in self.weights.items()}, **leaves}
+        batches, room = self.objective.own_batches[first:], self.budget - self.graphs.kept_bytes
+        return Graphs(partial(_graph, self.objective, weights, leaves), batches, weights.values(), room)
 
 
 class Workspace:
@@ -173,13 +184,13 @@ def _differentiated(objective: Objective, weights: Tree, leaves: Tree, batch: Ba
 
 
 def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> GradientGraph:
-    return GradientGraph(*_differentiated(objective, weights, leaves, batch), Products())
+    return GradientGraph(*_differentiated(objective, weights, leaves, batch), leaves, Products())
 
 
 def _warm_up(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> None:
     """Compile kernels and set up libraries, which none may record."""
     graph = _graph(objective, weights, leaves, batch)
-    graph.product(leaves, tuple(leaves), {name: tensor.detach() for name, tensor in graph.gradient.items()})
+    graph.product(tuple(leaves), {name: tensor.detach() for name, tensor in graph.gradient.items()})
 
 
 def _recorded_graph(
@@ -195,4 +206,4 @@ def _recorded_graph(
     with recorder.stream():
         replay, (loss, gradient) = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
     renew(batch)
-    return RenewedGraph(loss, gradient, Products(recorder), renew)
+    return RenewedGraph(loss, gradient, leaves, Products(recorder), renew)
