@@ -46,6 +46,7 @@ TRUTH = 20_000  # further images of each OOD set that no scan sees
 HARM = 3.0  # points of mean OOD accuracy from which a plant is harmful in truth
 STRENGTH = 1.5  # log factor of a rescaled pair per standard deviation of OOD error
 KINDS = ("rescaled", "shuffled", "noise", "nothing", "random")
+ALONG = ("co_moves", "beyond_null", "others_beyond_null")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -146,11 +147,12 @@ def correct(model: nn.Module, batch: Batch) -> np.ndarray:
 
 
 def scan(
-    start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int, interventions: bool | Interventions = False
+    start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int, *, sharpness: bool = True, moves: bool = False
 ) -> ScanResult:
     return sharpscope.scan(
         start, end, [data.held_out], ood={name: [batch] for name, batch in data.ood.items()},
-        alphas=alphas, measures=[Trace(relative=0.4)], limit=64, batch_size=MOST, interventions=interventions,
+        alphas=alphas, measures=[Trace(relative=0.4)] if sharpness else [], limit=64, batch_size=MOST,
+        interventions=Interventions(limit=None, most=CONTROLS) if moves else False,
         seed=seed, progress=False,
     )  # fmt: skip
 
@@ -168,13 +170,16 @@ class Trial:
     off_zero: int  # other layers whose effect is
     others_flagged: int
     others_wrong: int  # of them, those whose flag the truth contradicts
-    co_moves: bool
-    beyond_null: bool
-    others_beyond_null: int
+    co_moves: bool | None  # None: not measured
+    beyond_null: bool | None
+    others_beyond_null: int | None
 
 
-def trial(kind: str, seed: int, strength: float = 1, images: int = IMAGES) -> Trial:
-    """Plant one of :data:`KINDS`, scan, judge. Strength multiplies log factor, steps on shuffled labels or noise."""
+def trial(kind: str, seed: int, strength: float = 1, images: int = IMAGES, *, along: bool = True) -> Trial:
+    """Plant one of :data:`KINDS`, scan, judge; ``along`` the path as well, or by interventions alone.
+
+    Strength multiplies log factor, steps on shuffled labels or noise.
+    """
     data = task(seed, images)
     start = trained(network(seed), data.broad, 150, 3e-3)
     place = int(np.random.default_rng(seed).integers(1, DEPTH - 2))  # an inner layer with a next one
@@ -188,7 +193,7 @@ def trial(kind: str, seed: int, strength: float = 1, images: int = IMAGES) -> Tr
     if kind == "shuffled":
         shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
         end = trained(end, (data.narrow[0], shuffled), round(40 * strength), 5e-3, only=place)
-    result = scan(start, end, data, ALPHAS, seed, interventions=Interventions(limit=None, most=CONTROLS))
+    result = scan(start, end, data, ALPHAS if along else 2, seed, sharpness=along, moves=True)
     table, truth = _moves(result, "necessary"), true_gains(start, end, data)
     flagged = set(table.index[table["supported"] & (table["effect"] > 0)])
     own = set() if kind == "nothing" else {names(start)[place]}
@@ -200,7 +205,7 @@ def trial(kind: str, seed: int, strength: float = 1, images: int = IMAGES) -> Tr
         off_zero=int(_off_zero(table.drop(index=list(own))).sum()),
         others_flagged=len(others),
         others_wrong=sum(gain <= 0 for name, gain in zip(names(start), truth, strict=True) if name in others),
-        **_path_words(result, own),
+        **(_path_words(result, own) if along else dict.fromkeys(ALONG)),
     )  # fmt: skip
 
 
@@ -208,7 +213,7 @@ def _random_trial(seed: int, data: Task, start: nn.Sequential, strength: float) 
     end = trained(start, data.narrow, 0, 3e-3)
     for place in range(DEPTH):
         noisy(end, start, place, seed + place * 10_000, 0.5 * strength)
-    result = scan(start, end, data, ALPHAS, seed, interventions=Interventions(limit=None, most=CONTROLS))
+    result = scan(start, end, data, 2, seed, sharpness=False, moves=True)
     table = _moves(result, "sufficient")
     flags = int(table["supported"].sum())
     return Trial(
@@ -217,7 +222,7 @@ def _random_trial(seed: int, data: Task, start: nn.Sequential, strength: float) 
         off_zero=int(_off_zero(table).sum()),
         others_flagged=flags,
         others_wrong=flags,
-        **_path_words(result, set()),
+        **dict.fromkeys(ALONG),
     )  # fmt: skip
 
 
@@ -270,12 +275,13 @@ def _off_zero(table: pd.DataFrame) -> pd.Series:
     return (table["low"] > 0) | (table["high"] < 0)
 
 
+@torch.no_grad()
 def true_gains(start: nn.Sequential, end: nn.Sequential, data: Task) -> list[float]:
     """Gain in mean OOD accuracy, in points, when each layer alone goes back to zero-shot, on images no scan sees."""
+    before = np.mean([correct(end, batch).mean() for batch in data.truth.values()])
     found = []
     for place in range(DEPTH):
         back = trained(end, data.narrow, 0, 3e-3)
         linear(back)[place].load_state_dict(linear(start)[place].state_dict())
-        gaps = [correct(back, batch).mean() - correct(end, batch).mean() for batch in data.truth.values()]
-        found.append(100 * float(np.mean(gaps)))
+        found.append(100 * float(np.mean([correct(back, batch).mean() for batch in data.truth.values()]) - before))
     return found

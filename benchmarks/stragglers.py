@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from plants import Trial
 
 RESULTS = Path(__file__).parent / "results"
-DESIGN = (  # kind, strength, images of each OOD set
-    ("rescaled", 1.0, 1000),
-    ("shuffled", 1.0, 1000),
-    ("noise", 1.0, 1000),
-    ("noise", 1.0, 300),
-    *(("noise", strength, images) for strength in (0.7, 1.5) for images in (300, 1000)),
-)
+ASKED = (("rescaled", 1.0, 1000), ("shuffled", 1.0, 1000), ("noise", 1.0, 1000))  # kind, strength, images of a set
+FURTHER = (("noise", 1.0, 300), *(("noise", strength, images) for strength in (0.7, 1.5) for images in (300, 1000)))
+ROW = ("kind", "strength", "images")
+COUNTED = (
+    "found", "first", "off_zero", "others_flagged", "others_wrong", "co_moves", "beyond_null", "others_beyond_null",
+)  # fmt: skip
 UNPLANTED = (("nothing", 1.0, 1000), ("random", 1.0, 1000))
 
 
@@ -41,34 +40,26 @@ def size(paths: int, draws: int) -> dict[str, Any]:
     return {**about, "unit": "percent", "rows": study(paths, draws)}
 
 
-def power(trials: int, first: int, design: Sequence[tuple[str, float, int]]) -> dict[str, Any]:
+def power(trials: int, first: int, design: Sequence[tuple[str, float, int]], out: Path) -> dict[str, Any]:
     from plants import CONTROLS, MODELS, trial
 
-    rows = []
-    for kind, strength, images in design:
+    rows: list[dict[str, Any]] = []
+    about = {"trials": trials, "first_seed": first, "random_moves": CONTROLS, "models": MODELS, "rows": rows}
+    for row in design:
         found = []
         for seed in range(first, first + trials):
-            found.append(trial(kind, seed, strength, images))
-            print(strength, images, found[-1], flush=True)
-        about = {"kind": kind, "strength": strength, "images": images}
-        rows.append({**about, **rates(found), "each": [asdict(t) for t in found]})
-    return {"trials": trials, "first_seed": first, "random_moves": CONTROLS, "models": MODELS, "rows": rows}
+            found.append(trial(row[0], seed, *row[1:], along=row in ASKED))
+            print(*row[1:], found[-1], flush=True)
+        rows.append({**dict(zip(ROW, row, strict=True)), **rates(found), "each": [asdict(t) for t in found]})
+        out.write_text(json.dumps(about, indent=1) + "\n")  # hours of work are not lost with the last row
+    return about
 
 
 def rates(found: Sequence[Trial]) -> dict[str, Any]:
-    """Return means over trials, and the share found of plants that do harm in truth."""
+    """Return means over trials of what was counted, and how many plants that do harm in truth are found."""
     from plants import HARM
 
-    counted = (
-        "found",
-        "first",
-        "off_zero",
-        "others_flagged",
-        "others_wrong",
-        "co_moves",
-        "beyond_null",
-        "others_beyond_null",
-    )
+    counted = [name for name in COUNTED if getattr(found[0], name) is not None]
     harmful = [t.found for t in found if t.gain is not None and t.gain >= HARM]
     means = {name: sum(getattr(t, name) for t in found) / len(found) for name in counted}
     return {**means, "harmful": len(harmful), "harmful_found": sum(harmful)}
@@ -85,13 +76,13 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=3000, help="of the trials")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    started = time.monotonic()
+    started, out = time.monotonic(), given.out or RESULTS / f"stragglers-{given.what}.json"
     if given.what == "size":
         found = size(given.paths, given.draws)
     else:
-        found = power(given.trials, given.first_seed, DESIGN if given.what == "power" else UNPLANTED)
+        design = (*ASKED, *FURTHER) if given.what == "power" else UNPLANTED
+        found = power(given.trials, given.first_seed, design, out)
     about = {"machine": facts("cpu", 1), "versions": versions(), "seconds": round(time.monotonic() - started)}
-    out = given.out or RESULTS / f"stragglers-{given.what}.json"
     out.write_text(json.dumps({**found, **about}, indent=1) + "\n")
     print(out)
 
