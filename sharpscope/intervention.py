@@ -19,7 +19,7 @@ from sharpscope.table import Cell, cell_key
 
 GRADIENTS = 100  # that a scan takes per alpha and measured image, roughly; a gradient is worth three forwards
 
-GROWTH = 4  # of the random moves from round to round: few readings of the images, few moves of layers out of hope
+GROWTH = 4  # of the random moves from round to round: few readings of the images, few moves that cannot decide
 
 
 @dataclass(frozen=True)
