@@ -3,12 +3,19 @@
 A small network is trained on data of two kinds (zero-shot) and then on one kind only (fine-tuned). Then a layer is made
 a straggler in one of three ways:
 
-* ``rescaled``: over eight fine-tunes, the layer is divided and the next one multiplied by a factor that grows with the
+* ``rescaled``: over ten fine-tunes, the layer is divided and the next one multiplied by a factor that grows with the
   model's OOD error. No function changes; the sharpness of both layers follows the OOD error. Seen across models.
 * ``shuffled``: the layer alone is trained on with shuffled labels. Seen by an intervention.
 * ``noise``: noise as long as the layer's zero-shot weights is added to its delta. Seen by an intervention.
 
-The intervention moves each layer alone back to zero-shot. What the path's own correlation says is noted beside.
+The intervention moves each layer alone back to zero-shot; a layer is flagged where the scan says that this is
+``supported`` and that accuracy rises. What the path's own correlation says is noted beside.
+
+Where nothing is planted, flags are counted as well:
+
+* ``nothing``: fine-tuned as above. Layers may harm; what they do on 20,000 images of each OOD set says which.
+* ``random``: every layer's delta is noise, half as long as its weights. From zero-shot each is one random direction
+  more, so a flag of either sign is false.
 """
 
 from __future__ import annotations
@@ -31,24 +38,33 @@ from sharpscope.stragglers.wording import BEYOND, LEVEL, STRAGGLER
 
 DEPTH, WIDTH, CLASSES, FEATURES = 7, 24, 4, 10
 ALPHAS = 11
-MODELS = 8
-CONTROLS = 16  # random moves a layer
+MODELS = 10
+CONTROLS = 79  # random moves of a layer where they can decide
+IMAGES = 1000  # of each OOD set
+MOST = 3000  # of which fewer are the first
+TRUTH = 20_000  # further images of each OOD set that no scan sees
+HARM = 3.0  # points of mean OOD accuracy from which a plant is harmful in truth
 STRENGTH = 1.5  # log factor of a rescaled pair per standard deviation of OOD error
-KINDS = ("rescaled", "shuffled", "noise")
+KINDS = ("rescaled", "shuffled", "noise", "nothing", "random")
+ALONG = ("co_moves", "beyond_null", "others_beyond_null")
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Training data of both kinds, and held-out data: ID of the first kind, OOD of the second and of a third."""
+    """Training data of both kinds, and held-out data: ID of the first kind, OOD of the second and of a third.
+
+    ``truth`` holds many more images of the OOD sets.
+    """
 
     broad: Batch
     narrow: Batch
     held_out: Batch
     ood: dict[str, Batch]
+    truth: dict[str, Batch]
 
 
-def task(seed: int) -> Task:
+def task(seed: int, images: int = IMAGES) -> Task:
     random = torch.Generator().manual_seed(seed)
     centres = 1.3 * torch.randn(CLASSES, FEATURES, generator=random)
     turn = torch.linalg.qr(torch.randn(FEATURES, FEATURES, generator=random))[0]
@@ -59,9 +75,17 @@ def task(seed: int) -> Task:
         return moved[labels] + noise * torch.randn(count, FEATURES, generator=random), labels
 
     first, second = draw(160, 0, 1.0), draw(160, 0.6, 1.0)
-    broad = (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
-    ood = {"shifted": draw(300, 0.6, 1.0), "noisy": draw(300, 0.3, 1.6)}
-    return Task(broad, draw(160, 0, 1.0), draw(200, 0, 1.0), ood)
+    broad = _joined(first, second)
+    sets = {"shifted": (0.6, 1.0), "noisy": (0.3, 1.6)}
+    few = {name: draw(300, *how) for name, how in sets.items()}  # drawn first: networks do not depend on the images
+    narrow, held_out = draw(160, 0, 1.0), draw(200, 0, 1.0)
+    more = {name: _joined(few[name], draw(MOST - 300, *how)) for name, how in sets.items()}
+    ood = {name: (x[:images], y[:images]) for name, (x, y) in more.items()}
+    return Task(broad, narrow, held_out, ood, {name: draw(TRUTH, *how) for name, how in sets.items()})
+
+
+def _joined(one: Batch, other: Batch) -> Batch:
+    return torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])
 
 
 def network(seed: int) -> nn.Sequential:
@@ -123,11 +147,12 @@ def correct(model: nn.Module, batch: Batch) -> np.ndarray:
 
 
 def scan(
-    start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int, interventions: bool | Interventions = False
+    start: nn.Module, end: nn.Module, data: Task, alphas: Any, seed: int, *, sharpness: bool = True, moves: bool = False
 ) -> ScanResult:
     return sharpscope.scan(
         start, end, [data.held_out], ood={name: [batch] for name, batch in data.ood.items()},
-        alphas=alphas, measures=[Trace(relative=0.4)], limit=64, interventions=interventions,
+        alphas=alphas, measures=[Trace(relative=0.4)] if sharpness else [], limit=64, batch_size=MOST,
+        interventions=Interventions(limit=None, most=CONTROLS) if moves else False,
         seed=seed, progress=False,
     )  # fmt: skip
 
@@ -138,39 +163,66 @@ class Trial:
 
     kind: str
     seed: int
-    place: int
+    place: int | None
+    gain: float | None  # in truth, in points of mean OOD accuracy, when the planted layer goes back to zero-shot
     found: bool
     first: bool
-    supported: bool  # by the scan's own rule
+    off_zero: int  # other layers whose effect is
     others_flagged: int
-    co_moves: bool
-    beyond_null: bool
-    others_beyond_null: int
+    others_wrong: int  # of them, those whose flag the truth contradicts
+    co_moves: bool | None  # None: not measured
+    beyond_null: bool | None
+    others_beyond_null: int | None
 
 
-def trial(kind: str, seed: int, strength: float = 1) -> Trial:
-    """Plant one of :data:`KINDS`, scan, judge. Strength multiplies log factor, steps on shuffled labels or noise."""
-    data = task(seed)
+def trial(kind: str, seed: int, strength: float = 1, images: int = IMAGES, *, along: bool = True) -> Trial:
+    """Plant one of :data:`KINDS`, scan, judge; ``along`` the path as well, or by interventions alone.
+
+    Strength multiplies log factor, steps on shuffled labels or noise.
+    """
+    data = task(seed, images)
     start = trained(network(seed), data.broad, 150, 3e-3)
     place = int(np.random.default_rng(seed).integers(1, DEPTH - 2))  # an inner layer with a next one
     if kind == "rescaled":
         return _rescaled_trial(seed, data, start, place, STRENGTH * strength)
+    if kind == "random":
+        return _random_trial(seed, data, start, strength)
     end = trained(start, data.narrow, 80, 3e-3)
     if kind == "noise":
         noisy(end, start, place, seed, strength)
-    else:
+    if kind == "shuffled":
         shuffled = data.narrow[1][torch.randperm(160, generator=torch.Generator().manual_seed(seed))]
         end = trained(end, (data.narrow[0], shuffled), round(40 * strength), 5e-3, only=place)
-    result = scan(start, end, data, ALPHAS, seed, interventions=Interventions(limit=None, draws=CONTROLS))
-    table, own = gains(result), names(start)[place]
-    flagged = set(table.index[table["mends"]])
+    result = scan(start, end, data, ALPHAS if along else 2, seed, sharpness=along, moves=True)
+    table, truth = _moves(result, "necessary"), true_gains(start, end, data)
+    flagged = set(table.index[table["supported"] & (table["effect"] > 0)])
+    own = set() if kind == "nothing" else {names(start)[place]}
+    others = flagged - own
     return Trial(
-        kind, seed, place,
-        found=own in flagged,
-        first=own in flagged and table["effect"].where(table["mends"]).idxmax() == own,
-        supported=bool(table.loc[own, "supported"]),
-        others_flagged=len(flagged - {own}),
-        **_path_words(result, {own}),
+        kind, seed, place if own else None, truth[place] if own else None,
+        found=bool(flagged & own),
+        first=bool(flagged & own) and table.loc[list(flagged), "effect"].idxmax() in own,
+        off_zero=int(_off_zero(table.drop(index=list(own))).sum()),
+        others_flagged=len(others),
+        others_wrong=sum(gain <= 0 for name, gain in zip(names(start), truth, strict=True) if name in others),
+        **(_path_words(result, own) if along else dict.fromkeys(ALONG)),
+    )  # fmt: skip
+
+
+def _random_trial(seed: int, data: Task, start: nn.Sequential, strength: float) -> Trial:
+    end = trained(start, data.narrow, 0, 3e-3)
+    for place in range(DEPTH):
+        noisy(end, start, place, seed + place * 10_000, 0.5 * strength)
+    result = scan(start, end, data, 2, seed, sharpness=False, moves=True)
+    table = _moves(result, "sufficient")
+    flags = int(table["supported"].sum())
+    return Trial(
+        "random", seed, None, None,
+        found=False, first=False,
+        off_zero=int(_off_zero(table).sum()),
+        others_flagged=flags,
+        others_wrong=flags,
+        **dict.fromkeys(ALONG),
     )  # fmt: skip
 
 
@@ -203,22 +255,33 @@ def _rescaled_trial(seed: int, data: Task, start: nn.Sequential, place: int, str
     first = layers.loc[layers["tau"].abs().idxmax(), "predictor"]
     along = _path_words(scan(start, ends[-1], data, ALPHAS, seed), own)
     return Trial(
-        "rescaled", seed, place,
+        "rescaled", seed, place, None,
         found=bool(flagged & own),
         first=bool(flagged & own) and first in own,
-        supported=False,
+        off_zero=0,
         others_flagged=len(flagged - own),
+        others_wrong=len(flagged - own),
         **along,
     )  # fmt: skip
 
 
-def gains(result: ScanResult) -> pd.DataFrame:
-    """By layer: gain in mean OOD accuracy from moving it alone back to zero-shot, and what is said of it.
-
-    ``mends``: the gain's interval lies above zero and above that of random moves as long. ``supported`` is the
-    scan's own stricter word: the move is also unlike a single random move.
-    """
+def _moves(result: ScanResult, question: str) -> pd.DataFrame:
+    """Effects on the mean OOD accuracy by layer."""
     table = result.interventions
-    table = table[(table["question"] == "necessary") & (table["split"] == "ood mean")].set_index("layer")
-    mends = table["low"] > table["control_high"].clip(lower=0)
-    return table.assign(mends=mends, supported=table["supported"] & (table["effect"] > 0))
+    return table[(table["question"] == question) & (table["split"] == "ood mean")].set_index("layer")
+
+
+def _off_zero(table: pd.DataFrame) -> pd.Series:
+    return (table["low"] > 0) | (table["high"] < 0)
+
+
+@torch.no_grad()
+def true_gains(start: nn.Sequential, end: nn.Sequential, data: Task) -> list[float]:
+    """Gain in mean OOD accuracy, in points, when each layer alone goes back to zero-shot, on images no scan sees."""
+    before = np.mean([correct(end, batch).mean() for batch in data.truth.values()])
+    found = []
+    for place in range(DEPTH):
+        back = trained(end, data.narrow, 0, 3e-3)
+        linear(back)[place].load_state_dict(linear(start)[place].state_dict())
+        found.append(100 * float(np.mean([correct(back, batch).mean() for batch in data.truth.values()]) - before))
+    return found

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from sharpscope.data import Split
+from sharpscope.evaluate import joined, judged
 from sharpscope.job import Job
-from sharpscope.objective import Batch
+from sharpscope.objective import Batch, check_finite
+from sharpscope.plan import Plan
 from sharpscope.replay import Replay
-from sharpscope.stragglers.effects import Base
+from sharpscope.stragglers.standing import Base
+from sharpscope.table import Cell
 from sharpscope.tree import Tree, gaussian, norm, select
+
+BATCHES = 2  # of a plan's size at once: a forward without a graph takes less memory
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,79 @@ def replays_exactly(job: Job, batch: Batch) -> bool:
         for layer, names in job.path_layers.layers.items()
         if layer in job.layers.layers
     )
+
+
+class Judge:
+    """What the network answers at moved weights, image by image.
+
+    Parameters
+    ----------
+    job, plan
+        Network, path and data; size of the batches, and the seed of images and random directions.
+    limit
+        Most images per set, drawn by class; None: all.
+    """
+
+    def __init__(self, job: Job, plan: Plan, limit: int | None) -> None:
+        self._job, self._plan, self._limit = job, plan, limit
+        self._forward: _Forward | None = None
+
+    def cells(self, base: Base, split: Split, moves: Mapping[str, Move]) -> Iterator[Cell]:
+        """Yield a cell for every move, by its key: correctness; of moves to the other end confidence and loss as well.
+
+        Raises
+        ------
+        MeasurementError
+            If the loss after a move is not finite.
+        """
+        sample = split.sample(self._limit, self._plan.seed, BATCHES * self._plan.batch_size)
+        batches = [batch.to(self._job.device) for batch in sample]
+        self._forward = self._forward or _Forward(self._job, batches[0])
+        found = self._answers(self._forward, base, moves, batches, self._job.columns(split))
+        for key, move in moves.items():
+            check_finite(float(found[key]["loss"].mean()), f"{in_words(base, move)} on {split.name!r}")
+            yield Cell(key, (), found[key] if move.draw is None else {"correct": found[key]["correct"]})
+
+    @torch.no_grad()
+    def _answers(
+        self,
+        forward: _Forward,
+        base: Base,
+        moves: Mapping[str, Move],
+        batches: list[Batch],
+        columns: torch.Tensor | None,
+    ) -> dict[str, dict[str, Any]]:
+        """Return correctness, confidence and loss of every move, by its key."""
+        job, weights = self._job, self._job.weights(base.alpha)
+        found: list[dict[str, dict[str, torch.Tensor]]] = []
+        for inputs, targets in job.evaluators.mine(batches, len(batches)):
+            logits = forward.at_base(weights, inputs)
+            answers = {}
+            for key, move in moves.items():
+                if move.layers:
+                    changed = moved(job, base, weights, move, self._plan.seed)
+                    logits_there = forward.at({**weights, **changed}, inputs, changed.keys())
+                else:
+                    logits_there = logits
+                answers[key] = judged(logits_there, targets, columns)
+            found.append(answers)
+        parts = job.evaluators.gathered(found)
+        return {key: joined([answers[key] for answers in parts]) for key in moves}
+
+
+class _Forward:
+    """Logits at moved weights: from the moved layer on if that gives the bits of a full forward, else in full."""
+
+    def __init__(self, job: Job, batch: Batch) -> None:
+        self._full = job.network.forward
+        # In shards what one process could skip another may have to compute, and they would wait for each other.
+        apart = job.parallel != "weights"
+        self._replay = Replay(job.network) if apart and replays_exactly(job, batch) else None
+        if self._replay is None and apart:
+            job.warnings.append("interventions computed in full: forwards from a moved layer on differ from full ones")
+
+    def at_base(self, weights: Tree, inputs: Any) -> torch.Tensor:
+        return self._replay.record(weights, inputs) if self._replay else self._full(weights, inputs)
+
+    def at(self, weights: Tree, inputs: Any, names: Collection[str]) -> torch.Tensor:
+        return self._replay(weights, inputs, names) if self._replay else self._full(weights, inputs)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sharpscope.result import ScanResult
-from sharpscope.stragglers.effects import NECESSARY, SUFFICIENT, Base, moved_key
 from sharpscope.stragglers.recipes import recipe_key
+from sharpscope.stragglers.standing import NECESSARY, SUFFICIENT, Base, moved_key
 from sharpscope.table import Array, Cell, Row, cell_key
 
 LAYERS = (
@@ -148,7 +148,7 @@ def planted(
     return ScanResult(cells, meta)
 
 
-DRAWS = 3
+DRAWS = 39
 BASES = [[NECESSARY, 1.0], [SUFFICIENT, 0.0]]
 GAIN = 0.08  # of OOD accuracy: what the straggler back at zero-shot gives, and costs when it alone is fine-tuned
 RECIPE_GAIN = 0.05  # of the planted recipe over uniform alpha 0.4, on every set
@@ -172,7 +172,7 @@ def _moves(ood: Sequence[str], n: int) -> list[Cell]:
             layers = [*LAYERS, UNUSED]
             gains = {name: sign * GAIN * (name == STRAGGLER and split != "id") for name in layers}
             tried = {("base", ""): 0.0, **{("layer", name): gain for name, gain in gains.items()}}
-            tried |= {(f"control {draw}", name): 0.002 * (draw - 1) for draw in range(DRAWS) for name in layers}
+            tried |= {(f"control {draw}", name): 0.002 * (draw % 3 - 1) for draw in range(DRAWS) for name in layers}
             for (what, layer), gain in tried.items():
                 found = _answers(share + gain, split, n)
                 cells.append(Cell(moved_key(base, split, None, what, layer), (), found.arrays))

@@ -147,9 +147,21 @@ BREAKAGES = {
         "replay.py", "if known and _same((args, kwargs), calls[index].inputs):", "if known:",
         "test_replay.py::test_no_order_of_execution_is_assumed[gain]",
     ),
+    "a move is supported whatever random moves do": (
+        "stragglers/standing.py", "self.off_zero and (1", "self.off_zero or (1",
+        "test_intervention.py::test_a_move_that_is_one_random_direction_more_is_seldom_supported_however_skewed_they_are",
+    ),
+    "the real move is not counted among the random ones": (
+        "stragglers/standing.py", "(1 + self.as_far) / (1 + max", "self.as_far / (max",
+        "test_intervention.py::test_at_most_one_move_in_forty_may_go_as_far_the_real_one_counted[0-38-False]",
+    ),
+    "random moves are stopped too early": (
+        "intervention.py", ".hopeful(self.most)]", ".hopeful(goal)]",
+        "test_intervention.py::test_more_random_moves_are_made_until_too_many_go_as_far_and_no_verdict_depends_on_stopping",
+    ),
     "the spread over random directions is forgotten": (
         "stragglers/interval.py", "    if len(draws):", "    if False:",
-        "test_intervention.py::test_a_move_that_is_one_random_direction_more_is_seldom_supported",
+        "test_intervention.py::test_the_intervals_of_effect_and_control_cover_the_truth_as_often_as_they_say",
     ),
     "a merge casts where it should copy": (
         "merging/plan.py", "if alpha == 0.0 and start.dtype == end.dtype:", "if False:",

@@ -25,7 +25,8 @@ from sharpscope.report.words import (
     significant,
 )
 from sharpscope.result import ScanResult
-from sharpscope.stragglers.effects import MEAN_OOD, NECESSARY
+from sharpscope.stragglers.effects import MEAN_OOD
+from sharpscope.stragglers.standing import NECESSARY
 from sharpscope.table import MODEL
 
 

@@ -25,7 +25,8 @@ from sharpscope.report.canvas import (
 )
 from sharpscope.report.curves import depth_order
 from sharpscope.result import ScanResult
-from sharpscope.stragglers.effects import MEAN_OOD, NECESSARY
+from sharpscope.stragglers.effects import MEAN_OOD
+from sharpscope.stragglers.standing import NECESSARY
 
 ROWS = 40  # layers shown at most: those with the largest effects
 HOW = "run it again with --interventions (interventions=True in scan): each layer is then moved alone"

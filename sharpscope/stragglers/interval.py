@@ -26,7 +26,7 @@ class Interval:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def mean_interval(per_set: Sequence[Array], draws: Sequence[float] = (), beside: int = 0) -> Interval:
+def mean_interval(per_set: Sequence[Array], draws: Sequence[float] = ()) -> Interval:
     """Return the mean over sets of the mean over images, sets weighing the same, in points.
 
     Parameters
@@ -36,14 +36,12 @@ def mean_interval(per_set: Sequence[Array], draws: Sequence[float] = (), beside:
     draws
         The same mean for each random direction, where the gaps are means over directions: their spread is added to
         that over images, with Student's quantile for the degrees of freedom of the sum (Welch-Satterthwaite).
-    beside
-        How many single directions are compared with the mean over draws, each with the spread of one.
     """
     value = 100 * float(np.mean([gaps.mean() for gaps in per_set]))
     parts = [(100 * _error(gaps) / len(per_set)) ** 2 for gaps in per_set]
     freedoms = [max(len(gaps) - 1, 1) for gaps in per_set]
     if len(draws):
-        parts.append(float(np.var(draws, ddof=1)) * (beside + 1 / len(draws)) if len(draws) > 1 else math.inf)
+        parts.append(float(np.var(draws, ddof=1)) / len(draws) if len(draws) > 1 else math.inf)
         freedoms.append(max(len(draws) - 1, 1))
     variance = sum(parts)
     if not math.isfinite(variance):
