@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,40 +22,47 @@ class Effort:
     """How much work the truth is worth.
 
     ``finer`` times smaller than the tools' target is the standard error of a reference trace to be, with at most
-    ``most`` probes a layer; ``keep`` graphs (memory) or recompute them in each product.
+    ``most`` draws a layer, each a probe of every batch of ``batch`` images.
     """
 
     finer: float
     most: int
-    keep: bool
+    batch: int
 
 
-def reference(task: Task, effort: Effort, progress: Path) -> dict[str, Any]:
-    """Return per layer the trace with its standard error, and the largest eigenvalue by ARPACK.
+FIRST = 8  # draws of every layer, from which the sum of all traces is known well enough
+Found = dict[str, Any]
 
-    Layers that are done are kept in ``progress``, so that a killed run goes on where it was.
-    """
-    module = task.module("sdpa", torch.float64)
-    data = tuple((x.double(), y) for x, y in task.data)
-    found: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
-    with sdpa_kernel(SDPBackend.MATH):
-        for layer, names in task.layers.items():
-            if layer not in found:
-                gap = _difference(Flat(module, names, data, keep=False))  # moves the weights: before graphs are kept
-                found[layer] = {"difference": gap, "draws": _draws(Flat(module, names, data, keep=effort.keep), 8)}
-                progress.write_text(json.dumps(found))
-        floor = task.target.absolute * math.fsum(_size(entry) for entry in found.values())
-        for layer, names in task.layers.items():
-            if "trace" not in found[layer]:
-                block = Flat(module, names, data, keep=effort.keep)
-                found[layer] |= _trace(block, found[layer].pop("draws"), floor, effort) | _largest(block)
-                progress.write_text(json.dumps(found))
+
+def first(task: Task, effort: Effort, layers: Sequence[str]) -> Found:
+    """Return for each of the layers the check of a product and the first draws of the trace."""
+    found: Found = {}
+    for layer, block in _blocks(task, effort, layers, keep=False):
+        found[layer] = {"difference": _difference(block), "draws": _draws(block, FIRST)}
     return found
 
 
-def _size(entry: dict[str, Any]) -> float:
-    """Return the size of a layer's trace: of a finished layer, or from the first draws of one to be done."""
-    return abs(entry["trace"] if "trace" in entry else mean_and_error(entry["draws"])[0])
+def rest(task: Task, effort: Effort, layers: Sequence[str], known: Found) -> Found:
+    """Return for each of the layers the trace with its standard error, and the largest eigenvalue by ARPACK.
+
+    ``known`` has the first draws of all layers, of which the smallest error that is of use follows.
+    """
+    floor = task.target.absolute * math.fsum(abs(mean_and_error(entry["draws"])[0]) for entry in known.values())
+    found: Found = {}
+    for layer, block in _blocks(task, effort, layers, keep=True):
+        gap, draws = known[layer]["difference"], known[layer]["draws"]
+        found[layer] = {"difference": gap, **_trace(block, draws, floor, effort), **_largest(block)}
+    return found
+
+
+def _blocks(task: Task, effort: Effort, layers: Sequence[str], *, keep: bool) -> Iterator[tuple[str, Flat]]:
+    """Yield each layer's block, in float64; no two at a time."""
+    module = task.module("sdpa", torch.float64)
+    x, y = task.whole
+    data = tuple(zip(x.double().split(effort.batch), y.split(effort.batch), strict=True))
+    with sdpa_kernel(SDPBackend.MATH):
+        for layer in layers:
+            yield layer, Flat(module, task.layers[layer], data, keep=keep)
 
 
 def _rademacher(block: Flat, generator: torch.Generator) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from machine import Memory, facts, versions
-from reference import Effort, reference
+from reference import Effort, first, rest
 from rivals import TOOLS
 from settings import search
 from task import Task, task
@@ -31,10 +31,18 @@ def train_stage(job: dict[str, Any]) -> dict[str, Any]:
     return {"training_loss": loss}
 
 
-def reference_stage(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the truth."""
-    effort = Effort(job["finer"], job["reference_draws"], keep=job["size"] == "tiny")
-    return reference(_load(job), effort, Path(job["out"]).with_suffix(".progress"))
+def _effort(job: dict[str, Any]) -> Effort:
+    return Effort(job["finer"], job["reference_draws"], SIZES[job["size"]].probe_batch)
+
+
+def first_stage(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the first draws of the truth about some layers."""
+    return first(_load(job), _effort(job), job["layers"])
+
+
+def rest_stage(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the truth about some layers."""
+    return rest(_load(job), _effort(job), job["layers"], job["known"])
 
 
 def settings_stage(job: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +104,13 @@ def tool_stage(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-STAGES = {"train": train_stage, "reference": reference_stage, "settings": settings_stage, "tool": tool_stage}
+STAGES = {
+    "train": train_stage,
+    "first": first_stage,
+    "rest": rest_stage,
+    "settings": settings_stage,
+    "tool": tool_stage,
+}
 
 
 def main(path: str) -> None:
@@ -105,7 +119,13 @@ def main(path: str) -> None:
     torch.set_num_threads(job["threads"])
     torch.set_float32_matmul_precision(job["matmul"])
     beside = Path(job["out"]).with_suffix(".part")
-    beside.write_text(json.dumps(STAGES[job["stage"]](job)))
+    try:
+        found = STAGES[job["stage"]](job)
+    except torch.OutOfMemoryError as error:
+        if "tool" not in job:
+            raise
+        found = {"failed": str(error).splitlines()[0]}  # an answer too: this tool needs more memory than there is
+    beside.write_text(json.dumps(found))
     beside.replace(job["out"])
 
 

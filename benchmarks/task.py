@@ -139,6 +139,7 @@ class Flat:
             return None
         if not graphs[0][0].is_cuda:
             return graphs
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return graphs if free > 0.4 * total else None
 
