@@ -76,12 +76,13 @@ def test_the_published_rates_are_those_of_the_trials(name):
             assert row[count] == sum(trial[count] for trial in row["each"]) / 50
 
 
-def test_the_published_rates_are_what_was_asked_for_where_plants_do_harm():
-    """At least 90 % found and 80 % named first; of noise as long as the weights, 90 % of what does harm in truth."""
+def test_the_published_rates_reach_ninety_but_for_noise_as_long_as_the_weights():
+    """90 % found, 80 % named first were asked for. Noise of strength 1 misses it: 90 % of what does harm only."""
     rows = {(row["kind"], row["strength"], row["images"]): row for row in published("power")["rows"]}
-    asked = [rows[kind, strength, 1000] for kind, strength in (("rescaled", 1), ("shuffled", 1), ("noise", 1.5))]
-    assert all(row["found"] >= 0.9 and row["first"] >= 0.8 for row in asked)
+    reached = [rows[kind, strength, 1000] for kind, strength in (("rescaled", 1), ("shuffled", 1), ("noise", 1.5))]
+    assert all(row["found"] >= 0.9 and row["first"] >= 0.8 for row in reached)
     noise = rows["noise", 1, 1000]
+    assert noise["found"] == 0.88, "the row that was asked for: with 0.9 the issue is met and this test to be turned"
     assert noise["harmful"] == sum(trial["gain"] >= 3 for trial in noise["each"])
     assert noise["harmful_found"] / noise["harmful"] >= 0.9
     assert noise["first"] >= 0.8

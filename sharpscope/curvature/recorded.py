@@ -116,8 +116,9 @@ class Products:
             self._known[names] = _Recorded(replay, given, found, like)
         except RuntimeError as refusal:  # also for want of memory
             recorder.on = False
-            warnings.warn(f"Hessian products run unrecorded: {_shortened(refusal)}", stacklevel=2)
+            warnings.warn(f"Hessian products run unrecorded: {shortened(refusal)}", stacklevel=2)
 
 
-def _shortened(error: BaseException) -> str:
+def shortened(error: BaseException) -> str:
+    """Return the beginning of what an error says, in one line."""
     return " ".join(str(error).split())[:300]

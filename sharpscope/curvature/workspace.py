@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
-from sharpscope.curvature.recorded import Products, Recorder
+from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree
@@ -114,7 +114,7 @@ class Workspace:
                 raise
             except RuntimeError as refusal:  # an operation of the model that waits for the device
                 self._recorder.on = False
-                warnings.warn(f"gradients run unrecorded: {str(refusal).splitlines()[0]}", stacklevel=2)
+                warnings.warn(f"gradients run unrecorded: {shortened(refusal)}", stacklevel=2)
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
         make = partial(_graph, objective, {**weights, **leaves}, leaves)
         graphs = Graphs(make, objective.own_batches, weights.values(), budget, objective.pieces, objective.again)
