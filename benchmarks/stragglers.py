@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from plants import Trial
 
 RESULTS = Path(__file__).parent / "results"
-ASKED = (("rescaled", 1.0, 1000), ("shuffled", 1.0, 1000), ("noise", 1.0, 1000))  # kind, strength, images of a set
-FURTHER = (("noise", 1.0, 300), *(("noise", strength, images) for strength in (0.7, 1.5) for images in (300, 1000)))
+# Kind, strength, images of a set.
+ASKED = (("rescaled", 1.0, 1000), ("shuffled", 1.0, 1000), ("harmful noise", 1.0, 3000))
+FURTHER = (
+    ("harmful noise", 1.0, 1000), ("noise", 1.0, 300), ("noise", 1.0, 3000),
+    *(("noise", length, 1000) for length in (0.7, 1.0, 1.5)),
+)  # fmt: skip
 ROW = ("kind", "strength", "images")
 COUNTED = (
     "found", "first", "off_zero", "others_flagged", "others_wrong", "co_moves", "beyond_null", "others_beyond_null",
@@ -73,7 +77,7 @@ def main() -> None:
     parser.add_argument("--paths", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=999)
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--first-seed", type=int, default=3000, help="of the trials")
+    parser.add_argument("--first-seed", type=int, default=5000, help="of the trials")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     started, out = time.monotonic(), given.out or RESULTS / f"stragglers-{given.what}.json"
