@@ -8,7 +8,7 @@ a straggler in one of four ways:
 * ``shuffled``: the layer alone is trained on with shuffled labels. Seen by an intervention.
 * ``noise``: noise as long as the layer's zero-shot weights is added to its delta. Seen by an intervention.
 * ``harmful noise``: the same, made longer by quarters until it does harm: until the layer's return to zero-shot gains
-  three points on images that no scan sees. At the first length one noise in thirteen costs less than that, some nothing.
+  three points on images that no scan sees. At the first length one in thirteen costs less than that, some nothing.
 
 The intervention moves each layer alone back to zero-shot; a layer is flagged where the scan says that this is
 ``supported`` and that accuracy rises. What the path's own correlation says is noted beside.
