@@ -18,7 +18,7 @@ from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.sharding import mesh_of, over_ranks
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, axpy, flat, gaussian, norm, scaled, select, unflat
+from sharpscope.tree import Tree, flat, gaussian, norm, scaled, select, unflat
 
 Product = Callable[[Tree], Tree]
 
@@ -41,11 +41,12 @@ class Krylov:
 
     def __init__(self, start: Tree) -> None:
         self._like = start
-        self._inner = partial(_inner, mesh=mesh_of(start.values()))
+        self._mesh = mesh_of(start.values())
         self._next = flat(start) / norm(start)
         self._basis: list[Tensor] = []
         self._diagonal: list[float] = []
         self._beside: list[float] = []
+        self._taken: tuple[Tensor, Tensor] | None = None
         self.values = np.zeros(0)  # ascending Ritz values
         self.vectors = np.zeros((0, 0))  # their coordinates in the basis
         self.history: list[float] = []  # largest Ritz value after each step
@@ -64,19 +65,32 @@ class Krylov:
 
     def add(self, image: Tree) -> None:
         """Take the matrix times :attr:`next`."""
+        self.take(image)
+        self.settle()
+
+    def take(self, image: Tree) -> None:
+        """Do the work of :meth:`add` on the device without waiting for it; :meth:`settle` must follow."""
         self._basis.append(self._next)
         rest = flat(select(image, self._like))
-        self._diagonal.append(float(self._inner(self._next, rest)))
+        diagonal = _inner(self._next, rest, self._mesh)
+        rest = _orthogonalised(rest, self._basis, self._mesh)
+        self._taken = rest, torch.stack([diagonal, _inner(rest, rest, self._mesh)])
+
+    def settle(self) -> None:
+        """Wait for what was taken, and see what it says."""
+        assert self._taken is not None
+        rest, numbers = self._taken
+        diagonal, square = numbers.tolist()
+        self._diagonal.append(diagonal)
         self.values, self.vectors = np.linalg.eigh(
             np.diag(self._diagonal) + np.diag(self._beside, 1) + np.diag(self._beside, -1)
         )
         self.history.append(float(self.values[-1]))
-        rest = _orthogonalised(rest, self._basis, self._inner)
-        length = math.sqrt(float(self._inner(rest, rest)))
         noise = torch.finfo(rest.dtype).eps * float(np.abs(self.values).max())
+        length = math.sqrt(square)
         self.exhausted = length <= 10 * noise
         self._beside.append(length)
-        self._next = rest / length if not self.exhausted else rest
+        self._next, self._taken = rest if self.exhausted else rest / length, None
 
     def residuals(self) -> np.ndarray:
         """Return the residual norm of each Ritz pair."""
@@ -106,16 +120,17 @@ class Krylov:
         return self.steps >= least and self._met >= running
 
 
-def _inner(a: Tensor, b: Tensor, *, mesh: Any) -> Tensor:
+def _inner(a: Tensor, b: Tensor, mesh: Any) -> Tensor:
     """Return the inner product, accumulated in float64, without waiting for the device."""
     return over_ranks(torch.sum(a * b, dtype=torch.float64), mesh)
 
 
-def _orthogonalised(vector: Tensor, basis: list[Tensor], inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _orthogonalised(vector: Tensor, basis: list[Tensor], mesh: Any) -> Tensor:
     # Twice is enough (Kahan-Parlett): without it float32 Lanczos loses orthogonality after the first converged pair.
+    # What a coefficient lacks in float32 the second round takes away.
     for _ in range(2):
         for earlier in basis:
-            vector = torch.addcmul(vector, earlier, -inner(earlier, vector).to(vector.dtype))
+            vector = torch.addcmul(vector, earlier, over_ranks(torch.dot(earlier, vector), mesh), value=-1)
     return vector
 
 
@@ -195,8 +210,10 @@ class Eigenvalue:
             sure = {layer for layer in together if f"{self.name}/{layer}" in point.memory}
             while growing:
                 images = self._images(point, {layer: krylov.next for layer, krylov in growing.items()})
+                for layer, krylov in growing.items():
+                    krylov.take(images.pop(layer))
                 for layer, krylov in list(growing.items()):
-                    krylov.add(images[layer])
+                    krylov.settle()
                     if self._done(krylov, point, together[layer], sure=layer in sure):
                         found[f"{self.name}/{layer}"] = krylov.combination(_weights(krylov))
                         yield layer, self._estimate(growing.pop(layer))
@@ -218,9 +235,12 @@ class Eigenvalue:
         return krylov.done(self.tolerance, min(self.most, size), least=least, running=1 if sure else 2)
 
     def _start(self, guess: Tree, key: tuple[object, ...]) -> Tree:
-        length, random = norm(guess), gaussian(guess, *key)
-        share = self.noise / norm(random)
-        return scaled(random, share) if length == 0 else axpy(share, random, scaled(guess, 1 / length))
+        # In rows: a few calls instead of a few a tensor.
+        entries, random = flat(guess), flat(gaussian(guess, *key))
+        mesh = mesh_of(guess.values())
+        length, noise = (math.sqrt(float(_inner(row, row, mesh))) for row in (entries, random))
+        start = random * (self.noise / noise)
+        return unflat(start + entries / length if length else start, guess)
 
     def _estimate(self, krylov: Krylov) -> Estimate:
         sign = 1 if self.end == "max" else -1
