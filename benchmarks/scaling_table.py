@@ -29,7 +29,7 @@ def line(settings: dict[str, Any], machine: dict[str, Any], first: dict[str, Any
         row["parallel"] if row["processes"] > 1 else "-",
         f"{row['seconds']:.1f}",
         f"{row['speedup']:.2f} (of {first['processes']})",
-        f"{row['efficiency']:.0%}",
+        f"{row['efficiency']:.1%}",
         peak,
         "not compared" if gaps is None else f"{max(gaps.values()):.0e}",
     )

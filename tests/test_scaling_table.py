@@ -29,7 +29,7 @@ def test_every_run_of_a_file_has_its_line_and_nothing_else(tmp_path):
     (tmp_path / "scaling-l14.json").write_text(json.dumps(found))
     lines = module().table(tmp_path).splitlines()
     assert len(lines) == 2 + 2
-    assert lines[-1] == "| l14, 16, Some GPU | 2 | data | 25.0 | 1.60 (of 1) | 80% | 3.0 (8) | 2e-07 |"
+    assert lines[-1] == "| l14, 16, Some GPU | 2 | data | 25.0 | 1.60 (of 1) | 80.0% | 3.0 (8) | 2e-07 |"
 
 
 def sharded(peak, error=None):
