@@ -93,8 +93,9 @@ class Job:
         return min(self.ranks.gathered([mine])) if self.parallel == "weights" else mine
 
     def count(self, point: Point) -> None:
-        """Add the point's products to the cost."""
+        """Add the point's products since the last time to the cost."""
         self.counts.update(point.counts)
+        point.counts.clear()
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """Return what must be equal for cells to belong to the same scan."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpscope.assignment import SETUP, Task, kind_of
+from sharpscope.apart import SETUP, Apart, Task, kind_of
 from sharpscope.backoff import that_fit
 from sharpscope.curvature.estimate import Estimate
 from sharpscope.curvature.point import Point
@@ -24,7 +24,6 @@ from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
 from sharpscope.plan import Plan
 from sharpscope.progress import Progress
-from sharpscope.rounds import Apart
 from sharpscope.search import RecipeSearch, Search
 from sharpscope.table import MODEL, Cell, Row, cell_key
 from sharpscope.tree import Tree
@@ -68,32 +67,28 @@ def _kinds(job: Job, plan: Plan) -> dict[str, Split | Measure]:
 
 def _cells_at(job: Job, plan: Plan, task: Task, memory: Memory, tick: Any, spent: dict[str, float]) -> Iterator[Cell]:
     """Yield the cells of a task; what each took goes to ``spent``."""
-    alpha = plan.alphas[task.index]
+    alpha, point = plan.alphas[task.index], None
     weights, kinds = job.weights(alpha), _kinds(job, plan)
-    measures = {}
-    for kind in task.kinds:
+    for kind in filter(task.claims, task.kinds):
         what = kinds[kind]
-        if not isinstance(what, Split):
-            measures[kind] = what
+        if isinstance(what, Split):
+            with _timed(spent, kind):
+                cell = _evaluate(job, weights, alpha, what)
+            tick("evaluation", what.name)
+            yield cell
             continue
-        with _timed(spent, kind):
-            cell = _evaluate(job, weights, alpha, what)
-        tick("evaluation", what.name)
-        yield cell
-    if not measures:
-        return
-    with _timed(spent, SETUP):
-        point = _point(job, plan, task, weights, memory)
-    for kind, measure in measures.items():
+        if point is None:
+            with _timed(spent, SETUP):
+                point = _point(job, plan, task, weights, memory)
         known = len(point.found)
         with _timed(spent, kind):
-            cell = _measure(job, plan, point, measure, alpha, tick)
+            cell = _measure(job, plan, point, what, alpha, tick)
             if len(point.found) > known:
                 memory.bound.add(kind)
                 if not plan.ends(task.index):
                     memory.keep(task.index, point.found, plan.first(task.index))
+        job.count(point)
         yield cell
-    job.count(point)
 
 
 def _point(job: Job, plan: Plan, task: Task, weights: Tree, memory: Memory) -> Point:
@@ -134,13 +129,12 @@ def _by_alpha(
         fits = job.parallel != "weights"
         return that_fit(job, at, f"alpha {plan.alphas[task.index]:g}", progress.say) if fits else at()
 
-    apart = Apart(job.ranks, measured, memory)
-    for indices in plan.rounds:
-        here = {index: wanted(index) for index in indices}
-        if job.parallel == "alphas":
-            yield from apart.found(here)
-        else:
-            yield from ((i, measured(Task(i, chain, kinds), {})) for chain, (i, kinds) in enumerate(here.items()))
+    every = {index: wanted(index) for indices in plan.rounds for index in indices}
+    if job.parallel == "alphas" and job.ranks.size > 1:
+        homes = {i: chain % job.ranks.size for indices in plan.rounds for chain, i in enumerate(indices)}
+        yield from Apart(job.ranks, measured, memory, every, homes).found()
+    else:
+        yield from ((index, measured(Task(index, kinds), {})) for index, kinds in every.items())
 
 
 def cells(job: Job, plan: Plan, journal: Journal, memory: Memory, progress: Progress) -> Iterator[Cell]:
