@@ -15,7 +15,7 @@ from sharpscope.ranks import Ranks
 from sharpscope.table import Cell
 
 SETUP = ""  # in place of a kind: what comes before the first measure of an alpha
-_PAUSE = 0.02  # seconds between looks at the board by a rank that has nothing to do
+_PAUSE = 0.1  # seconds between looks at the board by a rank that has nothing to do
 
 
 def kind_of(key: str) -> str:
