@@ -97,6 +97,11 @@ class Job:
         self.counts.update(point.counts)
         point.counts.clear()
 
+    def tell_all(self) -> None:
+        """Make cost and warnings those of all ranks. Collective, where ranks measure apart."""
+        self.counts = sum(self.ranks.gathered([self.counts]), Counter())
+        self.warnings = list(dict.fromkeys(self.ranks.gathered(self.warnings)))
+
     def identity(self, plan: Plan) -> dict[str, Any]:
         """Return what must be equal for cells to belong to the same scan."""
         layers = json.dumps({k: list(v) for k, v in self.layers.layers.items()})

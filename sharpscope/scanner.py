@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -180,7 +179,7 @@ def scan(
             kept = Memory(folder, ranks if shared == "weights" else job.team)
             found = measured(job, plan, moves, searched, journal, kept, show)
             if shared == "alphas":
-                job.counts = sum(ranks.gathered([job.counts]), Counter())
+                job.tell_all()
             result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
             if folder is not None and ranks.leads:
                 with writing(folder):

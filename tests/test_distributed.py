@@ -62,14 +62,19 @@ def many(folder):
 WORK = {work.__name__: work for work in (whole, chains, many)}
 
 
-def cramped(folder):
+def cramped(folder, **settings):
     """Rank 1 has room for two examples at a time; its fault ends neither rank."""
     a, b = pair("vit")
     most = 2 if dist.is_initialized() and dist.get_rank() == 1 else 100
     nets = Cramped(a, most).eval(), Cramped(b, most).eval()
     return sharpscope.scan(
-        *(*nets, loader(IMAGES, BATCH)), alphas=2, measures=MEASURES[:3], batch_size=BATCH, progress=False
+        *(*nets, loader(IMAGES, BATCH)), alphas=2, measures=MEASURES[:3], batch_size=BATCH, progress=False, **settings
     )
+
+
+def cramped_apart(folder):
+    """Rank 1 finds its own alpha with less."""
+    return cramped(folder, chains=2, out=folder / "cramped_apart")
 
 
 class Deadly(Trace):
@@ -126,7 +131,7 @@ def nan_in_the_last(folder):
     )
 
 
-LATER = (deadly, undisturbed, deadly_apart, undisturbed_apart, faulty, unlike, nan_in_the_last, cramped)
+LATER = (deadly, undisturbed, deadly_apart, undisturbed_apart, faulty, unlike, nan_in_the_last, cramped, cramped_apart)
 WORK |= {work.__name__: work for work in LATER}
 
 
@@ -207,11 +212,14 @@ def values_in(cells):
 
 
 def test_an_error_in_one_chain_is_raised_everywhere_and_leaves_the_others_cells(tmp_path):
-    run(WORK, 2, ("nan_in_the_last", "unlike", "cramped"), tmp_path)
+    run(WORK, 2, ("nan_in_the_last", "unlike", "cramped", "cramped_apart"), tmp_path)
     values = [values_in(map(decode, (tmp_path / f"cramped-{rank}.jsonl").read_text().splitlines())) for rank in (0, 1)]
     assert values[0] == values[1]
     alone = values_in(cramped(tmp_path).cells)
     assert values[0] == pytest.approx(alone, rel=1e-6)
+    apart = sharpscope.open(tmp_path / "cramped_apart")
+    assert values_in(apart.cells) == pytest.approx(values_in(cramped(tmp_path, chains=2).cells), rel=1e-6)
+    assert "out of memory at alpha 1: " in " ".join(apart.meta["warnings"]), "also what rank 1 has to say"
     for rank in (0, 1):
         assert "the loss at alpha 1 on 'id' is" in (tmp_path / f"nan_in_the_last-{rank}.error").read_text()
         said = (tmp_path / f"unlike-{rank}.error").read_text()
