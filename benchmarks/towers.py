@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +113,16 @@ def tower(size: Size, attention: str) -> Tower:
 
 def draw(size: Size, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return ``count`` images and labels: a smooth pattern per class under noise, separable."""
-    generator = torch.Generator().manual_seed(12345)
-    coarse = torch.randn(size.classes, 3, 8, 8, generator=generator)
-    patterns = nn.functional.interpolate(coarse, size=(size.pixels, size.pixels), mode="bilinear")
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(size.classes, (count,), generator=generator)
-    return patterns[labels] + torch.randn(count, 3, size.pixels, size.pixels, generator=generator), labels
+    noise = torch.randn(count, 3, size.pixels, size.pixels, generator=generator)
+    return _patterns(size.classes, size.pixels)[labels] + noise, labels
+
+
+@lru_cache(maxsize=2)
+def _patterns(classes: int, pixels: int) -> Tensor:
+    coarse = torch.randn(classes, 3, 8, 8, generator=torch.Generator().manual_seed(12345))
+    return nn.functional.interpolate(coarse, size=(pixels, pixels), mode="bilinear")
 
 
 def images(size: Size, count: int) -> Data:
