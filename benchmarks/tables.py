@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGES = (HERE / "README.md", HERE.parent / "docs" / "measures.md")
 GIB = 2**30
-NAMES = {"tiny": "tiny", "b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
+NAMES = {"tiny": "Tiny tower", "b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -96,19 +96,25 @@ def growth() -> str:
     return f"{table(head, rows)}\n\n{about(result)} Limit of memory {result['settings']['memory']} GiB."
 
 
-def layerwise(name: str) -> str:
-    """Return what sharpscope and its peers need for the same answers."""
-    result = json.loads((RESULTS / f"layerwise-{name}.json").read_text())
-    states = (
-        f"`{name}`, loss {state['training_loss']:.2g}:\n\n{summary.table(state['summary'])}"
-        for name, state in result["states"].items()
-    )
-    return "\n\n".join([*states, about(result)])
+def layerwise(machine: str) -> str:
+    """Return what sharpscope and its peers need for the same answers, by network and state of its weights."""
+    parts = []
+    for size, name in NAMES.items():
+        file = RESULTS / f"layerwise-{size}-{machine}.json"
+        if not file.exists():
+            continue
+        result = json.loads(file.read_text())
+        for kind, state in result["states"].items():
+            about_it = f"{name}, {result['settings']['images']} images, `{kind}`, loss {state['training_loss']:.2g}:"
+            failed = [f"{tool}: {why}" for tool, why in state.get("failed", {}).items()]
+            parts += [about_it, summary.table(state["summary"]), *failed]
+        parts.append(about(result))
+    return "\n\n".join(parts)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "layerwise": partial(layerwise, "tiny-cpu"),
-    "layerwise_b32": partial(layerwise, "b32-h200"),
+    "layerwise": partial(layerwise, "cpu"),
+    "layerwise_h200": partial(layerwise, "h200"),
     "path": path,
     "moves": moves,
     "growth": growth,
