@@ -96,6 +96,17 @@ def _moved(tree: Tree, device: torch.device) -> Tree:
     }
 
 
+def _placed(
+    path: Path, first: Network, module: nn.Module, place: torch.device, parallel: Parallel, objective: Towers
+) -> tuple[Path, Network | ShardedNetwork]:
+    """Return the path on the device, in shards where ranks share the weights, and the network that computes on it."""
+    if parallel != "weights":
+        return Path(_moved(path.start, place), _moved(dict(path.end), place)), first
+    if objective != "image":
+        raise UsageError(f"objective={objective!r} on weights in shards", "parallel='data', or objective='image'")
+    return _spread(path, first, module, place)
+
+
 def _spread(path: Path, first: Network, module: nn.Module, place: torch.device) -> tuple[Path, ShardedNetwork]:
     """Return the path in shards, its end in the host's memory, and the network that computes on shards."""
     mesh = checked_mesh(first.parameters) or mesh_over(place)
@@ -131,15 +142,8 @@ def prepare(
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
-    constants, net = _moved(constants, place), networks[0]
-    if parallel == "weights":
-        if plan.objective != "image":
-            raise UsageError(
-                f"objective={plan.objective!r} on weights in shards", "parallel='data', or objective='image'"
-            )
-        path, net = _spread(path, net, module, place)
-    else:
-        path = Path(_moved(path.start, place), _moved(dict(path.end), place))
+    constants = _moved(constants, place)
+    path, net = _placed(path, networks[0], module, place, parallel, plan.objective)
     if all(torch.equal(local(tensor), local(path.end[name])) for name, tensor in path.start.items()):
         notes.append("both models have the same weights: every point of the path is the same")
     parameters = list(networks[0].parameters)

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from sharpscope.budget import limited
-from sharpscope.data import as_split
+from sharpscope.data import Split, as_split
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.losses import Loss, Towers, loss_from
@@ -158,17 +158,8 @@ def scan(
     with joined() as ranks, matmul_precision(precision), limited(memory, device):
         shared = parallel_from(parallel or sharing_of(model_a, model_b), plan.chains, ranks)
         show = progress if ranks.leads else False
-        id_split = as_split(loader, "id", progress=show)
-        ood_splits = [
-            as_split(data, name, progress=show).named(name).numbered_as(id_split.classes)
-            for name, data in (ood or {}).items()
-        ]
-        curvature = id_split
-        if sharpness_on is not None:
-            curvature = as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
-        job = prepare(
-            (model_a, model_b), id_split, ood_splits, curvature, plan, patterns, device, ranks, shared, memory
-        )
+        splits = _splits(loader, ood or {}, sharpness_on, show)
+        job = prepare((model_a, model_b), *splits, plan, patterns, device, ranks, shared, memory)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
         folder = None if out is None else FilePath(out)
@@ -186,6 +177,19 @@ def scan(
                     result.save(folder)
                 Memory(folder).clear()
     return result
+
+
+def _splits(
+    loader: Any, ood: Mapping[str, Any], sharpness_on: Any, show: bool | None
+) -> tuple[Split, list[Split], Split]:
+    """Return the ID split, the OOD splits with its class numbers, and the one that sharpness is measured on."""
+    id_split = as_split(loader, "id", progress=show)
+    others = [
+        as_split(data, name, progress=show).named(name).numbered_as(id_split.classes) for name, data in ood.items()
+    ]
+    if sharpness_on is None:
+        return id_split, others, id_split
+    return id_split, others, as_split(sharpness_on, "sharpness", progress=show).numbered_as(id_split.classes)
 
 
 def _journal(ranks: Ranks, identity: Mapping[str, Any], folder: FilePath | None, fresh: bool) -> Journal:
