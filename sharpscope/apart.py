@@ -169,7 +169,7 @@ class Apart:
             self._found.clear()
 
     def _spare(self) -> tuple[int, str] | None:
-        """Claim a cell of the rank that has most left, the last that can be found elsewhere; None if none pays."""
+        """Return a cell of the rank that has most left, the last that nobody has begun; None where none pays."""
         left: dict[int, list[tuple[int, str]]] = {}
         for index, kinds in self._wanted.items():
             missing = [(index, kind) for kind in kinds if not self._board.posted(_name(index, kind))]
