@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sharpscope.board import Board
 from sharpscope.errors import MeasurementError
@@ -53,18 +53,6 @@ class Task:
     claims: Callable[[str], bool] = _always
 
 
-@dataclass
-class Spent:
-    """Seconds that kinds of cells took on this rank, the last time."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def of(self, kinds: Sequence[str]) -> float:
-        """Return what these kinds of an alpha would take, as far as is known."""
-        known = [self.seconds[kind] for kind in kinds if kind in self.seconds]
-        return sum(known) + (self.seconds.get(SETUP, 0.0) if known else 0.0)
-
-
 class Apart:
     """The alphas of a scan as several ranks find them, without waiting for each other.
 
@@ -99,7 +87,7 @@ class Apart:
         self._memory = memory
         self._wanted = wanted
         self._homes = homes
-        self._spent = Spent()
+        self._spent: dict[str, float] = {}  # seconds that a kind took here, the last time
         self._found: list[tuple[str, Cell]] = []  # that wait for their start vectors to be on disk
         self._board = Board(ranks)
 
@@ -129,12 +117,12 @@ class Apart:
     def _work(self) -> Iterator[None]:
         """Do a cell at a time: one's own, then what there is to spare others, then nothing."""
         for index, kinds in self._wanted.items():
-            if self._homes[index] == self._ranks.rank:
+            if kinds and self._homes[index] == self._ranks.rank:
                 yield from self._done(index, kinds, at_home=True)
         while True:
-            spare = self._spare()
-            if spare:
-                yield from self._done(spare[0], spare[1:], at_home=False)
+            if spare := self._spare():
+                index, kind = spare
+                yield from self._done(index, (kind,), at_home=False)
             else:
                 self._tell(wait=True)
                 time.sleep(_PAUSE)
@@ -150,7 +138,7 @@ class Apart:
             return kind in mine - told
 
         try:
-            for cell in self._measured(Task(index, tuple(kinds), at_home, claims), self._spent.seconds):
+            for cell in self._measured(Task(index, tuple(kinds), at_home, claims), self._spent):
                 told.add(kind_of(cell.key))
                 self._found.append((_name(index, kind_of(cell.key)), cell))
                 self._tell()
@@ -176,17 +164,17 @@ class Apart:
             left.setdefault(self._homes[index], []).extend(missing)
         for pieces in sorted(left.values(), key=self._seconds, reverse=True):
             for index, kind in reversed(pieces):
-                free = kind in self._spent.seconds and kind not in self._memory.bound
-                pays = self._spent.of([kind]) < self._seconds(pieces)
+                free = kind in self._spent and kind not in self._memory.bound
+                pays = self._seconds([(index, kind)]) < self._seconds(pieces)
                 if free and pays and not self._board.claimed(_name(index, kind)):
                     return index, kind
         return None
 
     def _seconds(self, pieces: Sequence[tuple[int, str]]) -> float:
-        by_alpha: dict[int, list[str]] = {}
-        for index, kind in pieces:
-            by_alpha.setdefault(index, []).append(kind)
-        return sum(map(self._spent.of, by_alpha.values()))
+        """Return what cells would take here, as far as is known: themselves, and what comes before each alpha's."""
+        known = [(index, kind) for index, kind in pieces if kind in self._spent]
+        setups = len({index for index, _ in known}) * self._spent.get(SETUP, 0.0)
+        return setups + sum(self._spent[kind] for _, kind in known)
 
 
 def _name(index: int, kind: str) -> str:

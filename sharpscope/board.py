@@ -34,13 +34,16 @@ class Board:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._store = PrefixStore(ranks.led(lambda: uuid4().hex), _get_default_store())
-        self._own: set[str] = set()
+        self._own = {_alive(ranks.rank)}
         self._pulse = _Pulse(self._store, ranks)
 
     def claim(self, name: str) -> bool:
         """Return whether this rank is the first that claims the name."""
         with self._reached():
-            return bool(self._store.add(f"claim {name}", 1) == 1)
+            first = bool(self._store.add(f"claim {name}", 1) == 1)
+        if first:
+            self._own.add(f"claim {name}")
+        return first
 
     def claimed(self, name: str) -> bool:
         """Return whether a rank has claimed the name."""
@@ -99,6 +102,10 @@ class Board:
         )
 
 
+def _alive(rank: int) -> str:
+    return f"alive {rank}"
+
+
 class _Pulse:
     """Signs of life of this rank, by a thread as a measurement takes minutes, and whose have stopped."""
 
@@ -115,7 +122,7 @@ class _Pulse:
         count = 0
         with suppress(RuntimeError):  # the store is gone, and with it whoever would read
             while not self._stopped.is_set():
-                self._store.set(f"alive {self._rank}", str(count))
+                self._store.set(_alive(self._rank), str(count))
                 count += 1
                 self._stopped.wait(BEAT)
 
@@ -125,7 +132,7 @@ class _Pulse:
         if now - self._looked >= BEAT:
             self._looked = now
             for rank, (last, _) in self._since.items():
-                name = f"alive {rank}"
+                name = _alive(rank)
                 beat = self._store.get(name).decode() if self._store.check([name]) else ""
                 if beat != last:
                     self._since[rank] = (beat, now)

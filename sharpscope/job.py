@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,6 @@ from sharpscope.plan import Plan
 from sharpscope.provenance import provenance
 from sharpscope.ranks import ALONE, Parallel, Ranks
 from sharpscope.recipe import CONVENTION
-from sharpscope.sharding import is_shard
 from sharpscope.tree import Tree, fingerprint, norm, select
 
 
@@ -106,7 +104,7 @@ class Job:
         """Return what must be equal for cells to belong to the same scan."""
         layers = json.dumps({k: list(v) for k, v in self.layers.layers.items()})
         return {
-            "weights": self._fingerprints(),
+            "weights": [fingerprint({**self.constants, **end}) for end in (self.path.start, self.path.end)],
             "data": {split.name: split.fingerprint for split in [*self.splits, self.sharpness_data]},
             "layers": hashlib.sha256(layers.encode()).hexdigest(),
             "alphas": list(plan.alphas),
@@ -123,13 +121,6 @@ class Job:
             # Absent from scans before there was a choice, which resume.
             **({} if plan.objective == "image" else {"objective": [plan.objective, self.texts]}),
         }
-
-    def _fingerprints(self) -> list[str]:
-        ends = [{**self.constants, **end} for end in (self.path.start, self.path.end)]
-        if any(is_shard(tensor) for end in ends for tensor in end.values()):
-            return [fingerprint(end) for end in ends]  # gathered by all processes in one order
-        with ThreadPoolExecutor() as pool:  # seconds for a large model, and hashing leaves the interpreter to others
-            return list(pool.map(fingerprint, ends))
 
     def describe(self, plan: Plan, done: int) -> str:
         """Return the plan in one line."""

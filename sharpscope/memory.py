@@ -98,7 +98,7 @@ class Memory:
         """
         past = index - 3 if index - 3 >= first else -1
         self._latest.pop(past, None)
-        kept = {key: {n: t.to(KEPT, copy=True) for n, t in tree.items()} for key, tree in found.items()}
+        kept = {key: {n: t.to(KEPT) for n, t in tree.items()} for key, tree in found.items()}
         self._latest[index] = kept
         self.settled(wait=True)
         if self.folder is None or not found:
@@ -108,11 +108,8 @@ class Memory:
             for name, tensor in tree.items():
                 entire = whole(tensor)  # in all processes, one tensor at a time
                 if self._ranks.leads:
-                    flat[f"{measure}{_SEPARATOR}{name}"] = entire.contiguous().to("cpu", non_blocking=True)
-                    device = entire.device
+                    flat[f"{measure}{_SEPARATOR}{name}"] = entire.cpu().contiguous()
         if self._ranks.leads:
-            if device.type == "cuda":  # copies into pinned memory, several times as quick, that are waited for once
-                torch.cuda.synchronize(device)
             self._writing = self._writer.submit(self._replace, flat, self._path(index), self._path(past))
 
     def settled(self, *, wait: bool = False) -> bool:

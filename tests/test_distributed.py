@@ -96,7 +96,8 @@ def undisturbed(folder):
 
 
 def deadly_apart(folder, name="deadly_apart"):
-    board.SILENCE = 5.0
+    if dist.is_initialized():
+        board.SILENCE = 5.0  # in this process, which ends with the work
     return scan(folder / name, alphas=6, chains=2, measures=[Deadly(most=8), Eigenvalue()])
 
 
@@ -156,7 +157,8 @@ def test_the_file_of_several_processes_is_the_file_of_one(found, size, name):
         del meta["cost"]["seconds"]
     gradients = [meta["cost"].pop("gradients") for meta in metas]
     # An alpha of which another process finds cells costs that one a gradient.
-    assert gradients[1] >= gradients[0] if name == "alphas" else gradients[1] == gradients[0]
+    elsewhere = 4 * 4 if name == "alphas" else 0  # cells that go on from nothing, of four alphas
+    assert gradients[0] <= gradients[1] <= gradients[0] + elsewhere
     assert metas[0] == metas[1]
 
 

@@ -71,6 +71,19 @@ def test_reorthogonalisation_keeps_long_runs_free_of_ghosts():
     assert (basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max() < 1e-10
 
 
+def test_float32_keeps_its_basis_and_its_value():
+    """A million entries, so that inner products round: 40 steps, of which the first pair converges in a few."""
+    diagonal = torch.linspace(0, 1, 1_000_000, dtype=torch.float64)
+    diagonal[7] = 100.0
+    krylovs = [Krylov({"x": torch.ones(1_000_000, dtype=dtype)}) for dtype in (torch.float32, torch.float64)]
+    for krylov in krylovs:
+        for _ in range(40):
+            krylov.add({"x": diagonal.to(krylov.next["x"].dtype) * krylov.next["x"]})
+    basis = torch.stack(krylovs[0]._basis).double()
+    assert (basis @ basis.T - torch.eye(40, dtype=torch.float64)).abs().max() < 1e-6
+    assert krylovs[0].values[-1] == pytest.approx(krylovs[1].values[-1], rel=1e-6)
+
+
 def test_an_exhausted_krylov_space_ends_the_run_with_the_exact_value():
     matrix, q = symmetric([5.0, 2.0, 1.0, 0.5])
     (ritz,) = largest(matrix_product(matrix), {"x": q[:, 0] + q[:, 1]}, tolerance=0.0, most=4)

@@ -65,7 +65,7 @@ def models(rows: Rows) -> Figure:
 def taus(found: dict[str, Any]) -> Figure:
     """H1 and H2: global and layer tau in both pools."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     table, layers = found["h1"]["table"], found["h2"]["table"]
     names = [f"{r['pool']}  {r['measure']}" for r in table]
     looks = (
