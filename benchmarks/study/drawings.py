@@ -91,9 +91,10 @@ def variants(found: dict[str, Any]) -> Figure:
     for ax, (pool, name) in zip(figure.subplots(1, 2, sharey=True), POOLS.items(), strict=True):
         for on, color, shift, mark in (("train", SERIES[0], -0.15, "o"), ("heldout", SERIES[1], 0.15, "s")):
             effects = {row["measure"]: row[f"{pool} raw"] for row in table if row["on"] == on}
-            forest(ax, [(n, effects[n]) for n in names], "tau of global sharpness with OOD error", color, shift, mark)
+            forest(ax, [(n, effects[n]) for n in names], "Kendall tau with OOD error", color, shift, mark)
         ax.set_title(f"Pool {name}")
-    figure.suptitle("blue: on training images, orange: on held-out ID images", fontsize=8.5, color=MUTED)
+    said = "sharpness of the whole; blue: on training images, orange: on held-out ID images"
+    figure.suptitle(said, fontsize=8.5, color=MUTED)
     return figure
 
 
@@ -113,7 +114,7 @@ def mixes(found: dict[str, Any]) -> Figure:
     moves = found["moves"]
     forest(right, [(row["layer"], row["reset"]) for row in moves], "points of OOD accuracy", SERIES[0], -0.12)
     forest(right, [(row["layer"], row["random"]) for row in moves], "points of OOD accuracy", MISSING, 0.12, "s")
-    right.set_title("A layer at zero-shot; grey: moved at random", fontsize=8.5)
+    right.set_title("Layer at zero-shot; grey: random move", fontsize=8.5)
     return figure
 
 
