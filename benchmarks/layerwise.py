@@ -23,6 +23,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from claim import claim
 from machine import facts, versions
 from summary import summary, table
 from towers import SIZES, STATES, tower
@@ -172,8 +173,7 @@ def main() -> None:
         "reference_draws": chosen.reference_draws,
     }
     work = chosen.work or Path(tempfile.mkdtemp(prefix="layerwise-"))
-    work.mkdir(parents=True, exist_ok=True)
-    _claim(work, {name: setting for name, setting in common.items() if name not in ("gpus", "threads")})
+    claim(work, {name: setting for name, setting in common.items() if name not in ("gpus", "threads")})
     result: dict[str, Any] = {"settings": common, "versions": versions(), "states": {}}
     result["machine"] = facts(chosen.device, chosen.threads)
     for state in chosen.state:
@@ -187,14 +187,6 @@ def main() -> None:
         print(f"\ndefaults, top eigenvalue:\n{defaults(found)}")
     if chosen.out:
         chosen.out.write_text(json.dumps(_rounded(result), indent=1) + "\n")
-
-
-def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """Write what the stages in the folder are of; exit if it holds those of other settings."""
-    said, file = json.dumps(settings), work / "settings.json"
-    if file.exists() and file.read_text() != said:
-        sys.exit(f"{work} holds stages of other settings: {file.read_text()}; choose another --work, or remove it")
-    file.write_text(said)
 
 
 def _rounded(value: Any) -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from claim import claim
 from machine import facts, versions
 from safetensors.torch import save_file
 from scaling_worker import MODES, STATES, done, folder, modes, trained, worker
@@ -41,7 +42,7 @@ SCHEDULE = ("processes", "modes", "most_seconds", "at_once")
 
 def weights(chosen: argparse.Namespace) -> None:
     """Train the two ends for a few steps, unless they are there."""
-    chosen.work.mkdir(parents=True, exist_ok=True)
+    claim(chosen.work, {k: v for k, v in vars(chosen).items() if k not in (*PLACES, *SCHEDULE)})
     size = replace(SIZES[chosen.size], steps=dict(zip(STATES, chosen.trained, strict=True)))
     for name in STATES:
         path = trained(chosen, name)
@@ -89,7 +90,6 @@ def rows(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(chosen: argparse.Namespace) -> None:
     """Run all numbers of processes that have not been run, and write the rows whenever a scan has ended."""
-    forget_others(chosen)
     by, known = time.monotonic() + chosen.most_seconds, list[dict[str, Any]]()
     counts = sorted(chosen.processes)
     for group in [counts[:-1], counts[-1:]] if chosen.at_once else [[n] for n in counts]:
@@ -113,16 +113,6 @@ def ended(process: subprocess.Popen[bytes]) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
-
-
-def forget_others(chosen: argparse.Namespace) -> None:
-    """Remove what scans of other settings took."""
-    said = json.dumps({k: v for k, v in vars(chosen).items() if k not in (*PLACES, *SCHEDULE)})
-    file = chosen.work / "settings.txt"
-    if not file.exists() or file.read_text() != said:
-        for cost in chosen.work.glob("*-*.json"):
-            cost.unlink()
-    file.write_text(said)
 
 
 def written(chosen: argparse.Namespace, known: list[dict[str, Any]]) -> list[dict[str, Any]]:

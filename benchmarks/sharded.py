@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from machine import facts, versions
-from scaling import forget_others, gap, weights
+from scaling import gap, weights
 from scaling_worker import ends, in_shards, loader
 from towers import SIZES
 
@@ -121,7 +121,6 @@ def main() -> None:
         worker(chosen)
         return
     weights(chosen)
-    forget_others(chosen)
     rows = []
     for count in (1, chosen.processes):
         if done(chosen, count).exists():  # a call of these settings that was cut goes on here
