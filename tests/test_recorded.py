@@ -120,6 +120,38 @@ def test_nothing_is_recorded_without_a_recorder_or_a_gpu():
             assert found["a"].tolist() == [factor, factor]
 
 
+class Slow(Recorder):
+    """A recorder that counts, of a host that needs a share of the time until a work is done."""
+
+    def __init__(self, share):
+        super().__init__(torch.device("cpu"))
+        self.on, self.share, self.recorded = True, share, 0
+
+    def record(self, work):
+        self.recorded += 1
+        result = work()
+        return (lambda: None), result
+
+
+@pytest.mark.parametrize(("share", "recordings"), [(0.5, 0), (0.95, 3)])
+def test_products_are_recorded_where_the_device_waits_for_the_host(share, recordings, monkeypatch):
+    """The first of a kind is timed; its kind is the examples and the tensors, whichever batch's graph it is."""
+    clock, timed = iter([0.0, share, 1.0] * 3), []
+
+    def now():
+        timed.append(next(clock))
+        return timed[-1]
+
+    monkeypatch.setattr("sharpscope.curvature.recorded.time.perf_counter", now)
+    slow = Slow(share)
+    batches = [Products(slow, 5), Products(slow, 5), Products(slow, 2)]
+    for _ in range(3):
+        for batch in batches:
+            assert batch(("a",), {"a": torch.ones(2)}, lambda v: {"a": 2 * v["a"]})["a"].tolist() == [2, 2]
+    assert slow.recorded == recordings
+    assert len(timed) == 3 * 2  # of 5 examples and of 2
+
+
 def moved(weights, step):
     return {n: w + step * tree.gaussian({n: w}, "way")[n] for n, w in weights.items()}
 
@@ -127,8 +159,10 @@ def moved(weights, step):
 @needs_gpu
 @pytest.mark.parametrize("graph_bytes", [None, 0])
 @pytest.mark.parametrize("part", ["", "qkv"])
-def test_recorded_points_are_the_unrecorded_ones_along_a_path(part, graph_bytes):
+@pytest.mark.parametrize("slow", [0.0, 9.0])
+def test_recorded_points_are_the_unrecorded_ones_along_a_path(slow, part, graph_bytes, monkeypatch):
     """Batches of 5, 5 and 2, kept or renewed in one place; three products at each of three points."""
+    monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", slow)
     goal, weights = objective("cuda", torch.float64)
     workspace, names = Workspace(), tuple(weights)
     taken = tuple(n for n in names if part in n)

@@ -206,4 +206,4 @@ def _recorded_graph(
     with recorder.stream():
         replay, (loss, gradient) = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
     renew(batch)
-    return RenewedGraph(loss, gradient, leaves, Products(recorder), renew)
+    return RenewedGraph(loss, gradient, leaves, Products(recorder, len(batch.targets)), renew)
