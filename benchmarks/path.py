@@ -126,7 +126,7 @@ def along(
         alpha = index * stride
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        guesses = memory.before(index, chosen.device, 1.0 if index > 1 else 0.0)
+        guesses = memory.before(index, path.start, 1.0 if index > 1 else 0.0)
         row, kept = at(objective, plain, {**buffers, **path(alpha)}, parted, guesses, workspace)
         memory.keep(index, kept)
         yield {"images": count, "alpha": alpha, "move": stride * length, **row}

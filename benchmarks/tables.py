@@ -100,15 +100,14 @@ def layerwise(machine: str) -> str:
     """Return what sharpscope and its peers need for the same answers, by network and state of its weights."""
     parts = []
     for size, name in NAMES.items():
-        file = RESULTS / f"layerwise-{size}-{machine}.json"
-        if not file.exists():
-            continue
-        result = json.loads(file.read_text())
-        for kind, state in result["states"].items():
-            about_it = f"{name}, {result['settings']['images']} images, `{kind}`, loss {state['training_loss']:.2g}:"
-            failed = [f"{tool}: {why}" for tool, why in state.get("failed", {}).items()]
-            parts += [about_it, summary.table(state["summary"]), *failed]
-        parts.append(about(result))
+        for file in sorted(RESULTS.glob(f"layerwise-{size}*-{machine}.json"), reverse=True):
+            result = json.loads(file.read_text())
+            for kind, state in result["states"].items():
+                images, loss = result["settings"]["images"], state["training_loss"]
+                failed = [f"* {tool}: {why}." for tool, why in state.get("failed", {}).items()]
+                parts += [f"{name}, {images} images, `{kind}`, loss {loss:.2g}:", summary.table(state["summary"])]
+                parts += ["\n".join(failed)] if failed else []
+            parts.append(about(result))
     return "\n\n".join(parts)
 
 
