@@ -10,6 +10,7 @@ from pathlib import Path
 
 import clips
 import pytest
+import saved
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -298,6 +299,15 @@ def test_settings_that_change_no_shape_but_the_function_are_compared(model, tmp_
     other = load(clips.save(tmp_path, clips.network(**change)))
     with pytest.raises(MismatchError, match=named):
         check_compatible(model, other)
+
+
+def test_heads_of_an_image_classifier_are_compared(tmp_path):
+    """Its attention says num_attention_heads, CLIP's num_heads."""
+    both = saved.vit(tmp_path)
+    config = Path(both.fine_tuned) / "config.json"
+    config.write_text(config.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4'))
+    with pytest.raises(MismatchError, match=r"attention heads of the image tower is 2 in .* but 4 in"):
+        check_compatible(load(both.zero_shot), load(both.fine_tuned))
 
 
 def test_preprocessing_is_compared(model, tmp_path):

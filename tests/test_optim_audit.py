@@ -10,7 +10,7 @@ from torch import nn
 
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import DataError, ModelError, UsageError
-from sharpscope.optim import SGDSPD, AdamSPD, AuditLog, audited, read_audit, sentence
+from sharpscope.optim import SAM, SGDSPD, AdamSPD, AuditLog, audited, read_audit, sentence
 from sharpscope.optim.sharpness import SharpnessProbe
 from sharpscope.partition import Partition, layers
 
@@ -273,6 +273,22 @@ def test_half_precision_weights_are_measured_in_float32():
         [one.value for _, one in SharpnessProbe(batches(), quick)(m, layers(m))] for m in (model, single)
     )
     assert found == expected
+
+
+def test_the_log_sees_through_a_wrapper(tmp_path):
+    model = network()
+    optimizer = SAM(spd(model))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(batches()[0][0]).square().sum()
+        loss.backward()
+        return loss
+
+    with audited(optimizer, tmp_path / "spd.jsonl", every=1):
+        for _ in range(3):
+            optimizer.step(closure)
+    assert set(read_audit(tmp_path / "spd.jsonl").activity["step"]) == {1, 2, 3}
 
 
 def test_sharpness_stands_in_the_log_beside_the_activity(tmp_path):

@@ -81,6 +81,18 @@ def test_no_tensor_leaves_its_radius_and_those_inside_move_as_with_adamw():
     assert touched
 
 
+def test_the_radius_of_a_tensor_whose_anchor_is_zero_is_its_largest_norm():
+    model = network()
+    with torch.no_grad():
+        model[0].bias.zero_()
+    optimizer = AdamRadius(model.named_parameters(), 0.05, anchor="init", radius=0.1)
+    for step in range(30):
+        optimizer.zero_grad()
+        model(inputs(step)).square().sum().backward()
+        optimizer.step()
+    assert model[0].bias.norm().item() == pytest.approx(0.1, rel=1e-5)
+
+
 def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     """On f(w) = a w^2 / 2 the perturbed gradient is a (w + rho sign w)."""
     w, a, rho, lr = torch.nn.Parameter(torch.tensor([2.0])), 3.0, 0.1, 0.01

@@ -7,8 +7,10 @@ import socket
 import pytest
 import torch
 
+from sharpscope.curvature.trace import Trace
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.optim import AdamSPD, AuditLog, audited, read_audit
+from sharpscope.optim.sharpness import SharpnessProbe
 from sharpscope.partition import layers
 
 SIDE = 16
@@ -189,6 +191,39 @@ class TestLightning:
         trainer = SimpleNamespace(optimizers=[torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])], global_step=0)
         with pytest.raises(UsageError, match=r"none of the optimisers \(SGD\)"):
             Callback(audit=tmp_path / "spd.jsonl").on_train_start(trainer, torch.nn.Linear(1, 1))
+
+
+class TestAccelerate:
+    @pytest.fixture(autouse=True)
+    def _its_own_state(self):
+        """One process has one state, the Trainer's too."""
+        state = needs("accelerate").state.AcceleratorState
+        state._reset_state(reset_partial_state=True)
+        yield
+        state._reset_state(reset_partial_state=True)
+
+    def test_the_log_sees_through_its_optimiser(self, tmp_path):
+        accelerator, model = needs("accelerate").Accelerator(cpu=True), classifier()
+        optimizer = accelerator.prepare_optimizer(spd(model))
+        x, y = examples(8)
+        with audited(optimizer, tmp_path / "spd.jsonl", every=1):
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(pixel_values=x, labels=y).loss.backward()
+                optimizer.step()
+        assert set(read_audit(tmp_path / "spd.jsonl").activity["step"]) == {1, 2}
+
+    def test_its_autocast_is_left_out_of_the_measured_sharpness(self):
+        model, seen = classifier(), []
+        x, y = examples(8)
+        probe = SharpnessProbe([{"pixel_values": x, "labels": y}], Trace(most=2))
+        plain = [found.value for _, found in probe(model, layers(model))]
+        prepared = needs("accelerate").Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        prepared.classifier.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+        assert [found.value for _, found in probe(prepared, layers(model))] == plain
+        assert set(seen) == {torch.float32}
+        prepared(pixel_values=x)
+        assert seen[-1] == torch.bfloat16
 
 
 def toy(seed):

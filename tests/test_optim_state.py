@@ -172,6 +172,8 @@ def test_a_state_of_adamw_loads_with_a_warning():
     with pytest.warns(UserWarning, match="saved without anchors"):
         optimizer.load_state_dict({**plain.state_dict()})
     assert optimizer.state[model[0].weight]["step"] == 3
+    assert optimizer.param_groups[0]["decay"] == 1.0
+    train(model, optimizer, 1)
 
 
 def test_the_state_dict_has_no_copy_of_the_anchor():
@@ -243,6 +245,14 @@ def test_parameters_without_names_are_refused_with_the_way_out():
         AdamSPD(network().parameters(), anchor="init")
     with pytest.raises(UsageError, match="no parameters"):
         AdamSPD([], anchor="init")
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_two_parameters_of_one_name_are_refused(groups):
+    """They would share one anchor."""
+    named = [list(network(seed).named_parameters()) for seed in (0, 1)]
+    with pytest.raises(UsageError, match=r"two parameters are called '0\.weight'"):
+        AdamSPD([{"params": part} for part in named] if groups else named[0] + named[1], anchor="init")
 
 
 def test_parameters_without_norms_are_refused_by_name():

@@ -15,6 +15,7 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planted import ALPHAS, HOSTILE, LAYERS, SINGLE, STRAGGLER, UNUSED, planted
 
@@ -25,7 +26,9 @@ from sharpscope.report.page import render, write
 from sharpscope.report.tables import provenance
 from sharpscope.report.verdict import co_moving, verdict
 from sharpscope.result import ScanResult
+from sharpscope.stragglers.recommendation import halves
 from sharpscope.summary import as_html, as_text
+from sharpscope.table import MODEL, Cell, Row, cell_key
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}
 CASES = {
@@ -99,6 +102,33 @@ def test_a_failure_of_interpolation_is_said_first() -> None:
         "Failure of interpolation: none of the 2 alphas between the ends beats zero-shot"
     )
     assert "alpha 0.1: −2.0 points" in found.reasons[0]  # planted: 0.2 of accuracy lost per unit of alpha
+
+
+def judged(right: dict[float, tuple[int, int]], images: int = 400) -> ScanResult:
+    """A scan that has so many of each half of the images right at each alpha; the first half chooses."""
+    first, second = halves(images, 0)
+    cells = []
+    for alpha, counts in right.items():
+        correct = np.zeros(images, bool)
+        for half, count in zip((first, second), counts, strict=True):
+            correct[half[:count]] = True
+        examples = {"correct": correct, "confidence": np.full(images, 0.7), "loss": np.where(correct, 0.5, 2.0)}
+        for split in ("id", "shift"):
+            row = Row(alpha, MODEL, split, "accuracy", float(correct.mean()), 0.02, images, True)
+            cells.append(Cell(cell_key(alpha, split, "evaluation"), (row,), examples))
+    splits = {"id": {"role": "id", "n": images}, "shift": {"role": "ood", "n": images}}
+    meta = {"alphas": list(right), "measures": {}, "layers": {}, "seed": 0, "plan": {}, "splits": splits}
+    return ScanResult(cells, meta)
+
+
+def test_an_end_that_the_other_half_of_the_images_contradicts_is_a_doubtful_choice() -> None:
+    found = verdict(judged({0.0: (120, 80), 0.5: (116, 130), 1.0: (118, 140)}))
+    assert found.headline == "Doubtful choice alpha 0: on the OOD sets it is worse than the fine-tuned model."
+    sure = verdict(judged({0.0: (120, 120), 0.5: (116, 116), 1.0: (80, 80)}))
+    assert sure.headline == (
+        "Keep the zero-shot model (alpha 0): no other point of the path scored higher on the OOD sets, "
+        "on the images for choosing."
+    )
 
 
 def test_without_ood_sets_nothing_is_said_about_robustness() -> None:

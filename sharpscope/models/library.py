@@ -93,7 +93,8 @@ def module_facts(network: nn.Module) -> dict[str, Any]:
         if kind in _ACTIVATIONS:
             tanh = kind == "GELU" and getattr(module, "approximate", "none") == "tanh"
             found.setdefault(f"activation of the {tower}", set()).add("gelu_tanh" if tanh else _ACTIVATIONS[kind])
-        if isinstance(heads := getattr(module, "num_heads", None), int):
+        heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
+        if isinstance(heads, int):
             found.setdefault(f"attention heads of the {tower}", set()).add(heads)
         if isinstance(module, nn.LayerNorm):
             found.setdefault(f"layer norm epsilon of the {tower}", set()).add(module.eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -80,13 +81,14 @@ class Anchored(torch.optim.Optimizer):
         Raises
         ------
         UsageError
-            If parameters have no names.
+            If parameters have no names, or two have the same.
         MismatchError
             If a parameter has no anchor or one of another shape; the message names it.
         """
         group = dict(param_group)
         source = tensors_of(group.pop("anchor")) if "anchor" in group else self._source
         names, parameters = _named(group)
+        self._check_new(names)
         for key, value in self._extra.items():
             group.setdefault(key, value)
         found = [(name, p, self._wanted(name, p, source)) for name, p in zip(names, parameters, strict=True)]
@@ -95,6 +97,15 @@ class Anchored(torch.optim.Optimizer):
             if keep:
                 self.digests[plain_name(name)] = digest(tensor)
                 self.anchors[plain_name(name)] = None if tensor is None else placed(tensor, parameter)
+
+    def _check_new(self, names: list[str]) -> None:
+        known = [name for group in self.param_groups for name in group["param_names"]]
+        count = Counter(map(plain_name, known + names))
+        if twice := next((name for name in count if count[name] > 1), None):
+            raise UsageError(
+                f"two parameters are called {twice!r}, and anchors go by name",
+                "names of their own: [(f'image.{name}', p) for name, p in image.named_parameters()]",
+            )
 
     def _wanted(self, name: str, parameter: Tensor, source: Source) -> tuple[bool, Tensor | None]:
         """Return whether the parameter has an anchor, and the tensor to copy it from."""
@@ -162,8 +173,10 @@ class Anchored(torch.optim.Optimizer):
             self._check_digests(groups)
         else:
             stored = {name: self._stored(name, p, stored) for _, name, p in self.anchored()}
-        for group in groups:
+        for mine, group in zip(self.param_groups, groups, strict=True):
             group.pop("anchor_digests", None)
+            for key in self._extra:  # a state of the plain optimiser has none of them
+                group.setdefault(key, mine[key])
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         for name, tensor in (stored or {}).items():
             self.anchors[name], self.digests[name] = tensor, digest(tensor)

@@ -113,7 +113,8 @@ class AdamRadius(Anchored, torch.optim.AdamW):
             distance = chunk.pooled([projection.squares(deviation)[None]])[0].sqrt()
             size = torch.ones_like(distance)
             if anchors is not None:
-                size = chunk.pooled([projection.squares(projection.widened(anchors))[None]])[0].sqrt()
+                length = chunk.pooled([projection.squares(projection.widened(anchors))[None]])[0].sqrt()
+                size = torch.where(length > 0, length, size)
             share = 1 - (chunk.option("radius") * size / distance.clamp_min(1e-300)).clamp(max=1)
             for _, values in chunk.spread(share):
                 projection.pull(weights, deviation, values.unbind())

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sharpscope.optim.session import Session
+from sharpscope.optim.session import Session, unwrapped
 from sharpscope.optim.sharpness import FEW, Measure
 
 
@@ -52,7 +52,7 @@ def audited(
         done += 1
         session.step(done)
 
-    hook = optimizer.register_step_post_hook(count)
+    hook = unwrapped(optimizer).register_step_post_hook(count)
     try:
         yield session
     finally:

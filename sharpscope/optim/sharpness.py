@@ -42,6 +42,20 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 sub.training = training
 
 
+@contextmanager
+def unpatched(module: nn.Module) -> Iterator[None]:
+    """Undo accelerate's patch of forwards meanwhile: an autocast within, which none around it can end."""
+    patched = [sub for sub in module.modules() if {"forward", "_original_forward"} <= vars(sub).keys()]
+    replaced = [(sub, sub.forward) for sub in patched]
+    try:
+        for sub in patched:
+            sub.forward = vars(sub)["_original_forward"]
+        yield
+    finally:
+        for sub, forward in replaced:
+            sub.forward = forward
+
+
 class SharpnessProbe:
     """A measure of curvature on fixed batches.
 
@@ -82,7 +96,8 @@ class SharpnessProbe:
         if sharded := next((name for name, (_, tensor) in named.items() if hasattr(tensor, "placements")), None):
             raise ModelError(f"{sharded!r} is sharded: its curvature needs the whole network", "leave out batches=...")
         wanted = layers.only([name for name in layers.names if name in named])
-        with undisturbed(module), torch.autocast(next(module.parameters()).device.type, enabled=False):
+        device = next(module.parameters()).device.type
+        with undisturbed(module), unpatched(module), torch.autocast(device, enabled=False):
             weights = {name: _single(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             names = Partition({layer: tuple(named[n][0] for n in mine) for layer, mine in wanted.layers.items()})
             point = Point(self._objective(module, weights), weights, names.names)

@@ -18,6 +18,7 @@ from sharpscope.table import MODEL
 
 MEAN_OOD = "mean OOD"
 ENDS = {"zero-shot": 0.0, "fine-tuned": 1.0}
+CHOOSING = "on the images for choosing"
 RELATION = {1: "better than", 0: "not distinguishable from", -1: "worse than"}
 
 
@@ -81,11 +82,11 @@ def _target(result: ScanResult, advice: Recommendation) -> str:
 
 def _headline(advice: Recommendation, target: str) -> str:
     where = "on the OOD sets" if advice.chosen_by == "ood" else "on the ID set"
-    if advice.alpha == ENDS["zero-shot"]:
-        return f"Keep the zero-shot model (alpha 0): no other point of the path scored higher {where}."
-    if advice.alpha == ENDS["fine-tuned"]:
-        return f"Ship the fine-tuned model as it is (alpha 1): no mix with zero-shot scored higher {where}."
-    signs = {name: advice.versus[name][target].sign for name in ENDS}
+    signs = {name: advice.versus[name][target].sign for name, end in ENDS.items() if end != advice.alpha}
+    if -1 not in signs.values() and advice.alpha == ENDS["zero-shot"]:
+        return f"Keep the zero-shot model (alpha 0): no other point of the path scored higher {where}, {CHOOSING}."
+    if -1 not in signs.values() and advice.alpha == ENDS["fine-tuned"]:
+        return f"Ship the fine-tuned model as it is (alpha 1): no mix with zero-shot scored higher {where}, {CHOOSING}."
     named = f"alpha {alpha_text(advice.alpha)}"
     if set(signs.values()) == {1}:
         return f"Ship {named}: {where} it is better than both the zero-shot and the fine-tuned model."
@@ -170,7 +171,7 @@ def per_layer_sentence(result: ScanResult) -> str:
     """Return whether the best recipe tried beats the best uniform alpha, on images that neither was chosen on."""
     advice, recipe, gap = best_recipe(result)
     if recipe == Recipe.uniform(advice.alpha):
-        return "An alpha per layer: no recipe tried scored higher than the uniform alpha on the images for choosing."
+        return f"An alpha per layer: no recipe tried scored higher than the uniform alpha {CHOOSING}."
     word = {1: "better", 0: "not shown to be better", -1: "worse"}[gap.sign]
     where = "mean OOD" if advice.chosen_by == "ood" else "ID"
     return (
@@ -209,9 +210,9 @@ def co_moving(result: ScanResult) -> str:
 
 _RUNGS = {
     STRAGGLER: "{layers} stand{s} out as straggler, first {most}: sharpness runs with the OOD error beyond chance, and "
-    "moving this layer alone changes OOD accuracy.",
+    "moving this layer alone shows that its fine-tuned weights harm OOD accuracy.",
     BEYOND: "{layers} co-move{s} with the OOD error beyond chance, first {most}. Co-moving is not a cause: moving that "
-    "layer alone was not shown to change OOD accuracy.",
+    "layer alone did not show that its fine-tuned weights harm OOD accuracy.",
     "co-moves": "{layers} co-move{s} with the OOD error, first {most}, but no more than chance would "
     "on a path like this.",
 }
