@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from sharpscope.curvature.graphs import HEADROOM
+from sharpscope.device import own_device
 from sharpscope.errors import UsageError
-from sharpscope.ranks import own_device
 
 VECTORS = 12  # in the size of the weights: both ends, gradient, way, probe, image and a few Lanczos vectors
 PEAK = 2.0  # peak with products, over what autograd saves; 1.3 to 2.0 in benchmarks/results/growth-h200.json

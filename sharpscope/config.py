@@ -55,9 +55,15 @@ class Settings(BaseModel):
     memory: ByteSize | None = Field(default=None, gt=0, description="what a process may take of its device, e.g. 40GiB")
     device: str | None = Field(default=None, description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default its own choice")
-    seed: int = Field(default=0, description="of all draws")
+    seed: int = Field(default=0, ge=0, description="number that all draws follow from, 0 or more")
     deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
+
+    @field_validator("out")
+    @classmethod
+    def _at_home(cls, value: str) -> str:
+        """A shell leaves the ~ of ``--out=~/report`` to the command."""
+        return str(Path(value).expanduser())
 
     @field_validator("captions")
     @classmethod

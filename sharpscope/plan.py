@@ -54,6 +54,8 @@ class Plan:
             raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
+        if self.seed < 0:
+            raise UsageError(f"seed={self.seed}", "0 or more")  # numpy's generators take no other
         check_objective(self.objective, self.loss_name, self.label_smoothing, self.measures, self.batch_size)
 
     @property

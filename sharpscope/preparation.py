@@ -13,6 +13,7 @@ from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
+from sharpscope.device import own_device
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
@@ -24,7 +25,7 @@ from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, container_names, partition
 from sharpscope.path import Path
 from sharpscope.plan import Plan
-from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over, own_device
+from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.tree import Tree, check_same_structure, select
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sharpscope.device import own_device
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.sharding import all_gather
 from sharpscope.tree import Tree, unflat
@@ -260,11 +261,11 @@ def launched(device: str | None) -> Iterator[bool]:
     Raises
     ------
     UsageError
-        If there are more processes than GPUs.
+        See :func:`sharpscope.device.own_device`.
     """
+    place = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # refused before images are read
     begun = "TORCHELASTIC_RUN_ID" in os.environ and not _initialised()
     if begun:
-        place = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=LOCKSTEP)
     yield not _initialised() or dist.get_rank() == 0
     if begun:
@@ -276,18 +277,3 @@ def mesh_over(device: torch.device) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, (dist.get_world_size(),))
-
-
-def own_device(chosen: str) -> torch.device:
-    """Return the device, for ``cuda`` among several processes of a machine the GPU that is this one's."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if chosen != "cuda" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
-        return torch.device(chosen)
-    if local >= torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, and there are {torch.cuda.device_count()} "
-            "GPUs",
-            f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu",
-        )
-    torch.cuda.set_device(local)  # kernels that are compiled run on the current device
-    return torch.device("cuda", local)

@@ -24,7 +24,7 @@ from sharpscope.stragglers.recipes import Contest, candidates, with_recipe
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.stragglers.resampling import error_draws
 from sharpscope.stragglers.wording import supported
-from sharpscope.table import EVALUATIONS, Array, Cell, frame
+from sharpscope.table import EVALUATIONS, Array, Cell, cell_key, frame
 
 if TYPE_CHECKING:
     import xarray
@@ -253,9 +253,13 @@ class ScanResult:
         log_to(self, tracker)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder."""
+        """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder.
+
+        Without ``scan.json``, which goes first and comes last, a folder is not taken for a scan.
+        """
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "scan.json").unlink(missing_ok=True)
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]
         _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
@@ -278,20 +282,36 @@ class ScanResult:
         return as_html(self)
 
 
+_AGAIN = "run the same scan again: it resumes, and writes its result anew"
+
+
 def open_result(folder: str | Path) -> ScanResult:
     """Return the result that :meth:`ScanResult.save` or ``scan(out=...)`` left in the folder; equal to the one saved.
 
     Raises
     ------
     UsageError
-        If the folder holds no finished scan.
+        If the folder holds no finished scan, or parts of two.
     """
     place = Path(folder)
     if not (place / "scan.json").is_file():
         unfinished = (place / "cells.jsonl").is_file()
         found = "a scan that has not finished" if unfinished else "no scan"
-        fix = "run the same scan again: it resumes" if unfinished else "name the folder given as --out (out=)"
+        fix = _AGAIN if unfinished else "name the folder given as --out (out=)"
         raise UsageError(f"{place} holds {found} (scan.json is missing)", fix)
-    meta = json.loads((place / "scan.json").read_text(encoding="utf-8"))
-    _, cells, _ = journal.read(place / "cells.jsonl")
+    try:
+        meta = json.loads((place / "scan.json").read_text(encoding="utf-8"))
+    except ValueError as damage:
+        raise UsageError(f"{place / 'scan.json'} is damaged: {damage}", _AGAIN) from damage
+    header, cells, _ = journal.read(place / "cells.jsonl")
+    if header["plan"] != meta["plan"]:
+        raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
+    if missing := _evaluations(meta) - {cell.key for cell in cells}:
+        raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
     return ScanResult(cells, meta)
+
+
+def _evaluations(meta: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the cells without which no scan is finished."""
+    judged = [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]
+    return {cell_key(alpha, split, "evaluation") for alpha in meta["alphas"] for split in judged}

@@ -197,7 +197,7 @@ def _journal(ranks: Ranks, identity: Mapping[str, Any], folder: FilePath | None,
     opened: list[Journal] = []
 
     def cells_there() -> list[Cell]:
-        if folder is not None and fresh:
+        if folder is not None and (fresh or not (folder / "cells.jsonl").exists()):
             _discard(folder)
         opened.append(Journal(folder and folder / "cells.jsonl", identity, fresh=fresh))
         return list(opened[0])

@@ -168,6 +168,7 @@ def test_resolved_settings_read_back_equal(tmp_path):
         ({"ood": ["a=b", "a=c"]}, "--ood: the name 'a' is given twice"),
         ({"alphas": "half"}, "--alphas: could not convert string to float: 'half'"),
         ({"batch_size": "many"}, "--batch-size: input should be a valid integer.*found 'many'"),
+        ({"seed": -1}, "--seed: input should be greater than or equal to 0, found -1\n  fix: .* 0 or more"),
         ({"granularity": "atom"}, "--granularity: input should be 'tower', 'block', 'part' or 'tensor'"),
     ],
 )
@@ -308,6 +309,17 @@ def test_errors_are_two_lines_on_stderr_without_traceback(flags, tmp_path):
     first, second = done.stderr.splitlines()
     assert first.startswith("error: there is no model at")
     assert second.startswith("  fix: ")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_images_are_read(run, flags, monkeypatch, device):
+    said = f"error: --device {device} (device='{device}') is no device of this machine: "
+    code, out, err = run("report", *flags, "--dry-run", "--device", device)
+    assert (code, out, err[: len(said)]) == (2, "", said)
+    monkeypatch.setattr(command, "material", lambda *_, **__: pytest.fail("images were read"))
+    code, out, err = run("report", *flags, "--device", device)
+    assert (code, out, err[: len(said)]) == (2, "", said)
+    assert "\n  fix: one of cpu" in err
 
 
 @pytest.mark.parametrize(
@@ -496,3 +508,9 @@ def test_a_torchvision_that_does_not_fit_is_found(tmp_path, monkeypatch):
     assert found.passed is False
     assert found.found.startswith("torchvision 0.1 was built for another torch than ")
     assert "(operator torchvision::nms does not exist); pip uninstall torchvision" in found.found
+
+
+def test_the_home_directory_is_found_where_a_shell_left_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = config.settings({"zero_shot": "a", "fine_tuned": "b", "id": "c", "out": "~/report"})
+    assert found.out == str(tmp_path / "report")

@@ -125,6 +125,8 @@ def test_keeping_id_accuracy_moves_the_choice_towards_fine_tuned():
     assert recommend(planted(SUCCESS), "id", ["a", "b"], keep_id=0).alpha == 1.0
     with pytest.raises(UsageError, match="keep_id is 1"):
         recommend(planted(SUCCESS), "id", ["a"], keep_id=1)
+    with pytest.raises(UsageError, match="keep_id is nan"):
+        recommend(planted(SUCCESS), "id", ["a"], keep_id=float("nan"))
 
 
 def test_without_ood_the_choice_says_it_is_by_id():

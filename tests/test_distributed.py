@@ -16,6 +16,7 @@ import sharpscope
 from sharpscope import board, ranks
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
+from sharpscope.device import own_device
 from sharpscope.errors import UsageError
 from sharpscope.journal import decode
 from sharpscope.perturbation import AverageMSharpness, MSharpness
@@ -259,8 +260,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
     monkeypatch.setenv("LOCAL_RANK", "98")
     with pytest.raises(UsageError, match=r"torchrun started 99 processes, and there are .* GPUs"):
-        ranks.own_device("cuda")
-    assert ranks.own_device("cpu") == torch.device("cpu")
+        own_device("cuda")
+    assert own_device("cpu") == torch.device("cpu")
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,6 +17,7 @@ from planted import planted
 
 from sharpscope import cli, demo
 from sharpscope.detectors import read_rules
+from sharpscope.recipe_file import read_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,11 +90,18 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_toml_of_the_guides_is_toml_and_rules_are_rules(page, tmp_path):
+def test_toml_of_the_guides_is_toml_rules_are_rules_and_recipes_recipes(page, tmp_path):
     for block in blocks(page, "toml"):
-        if "check" in tomllib.loads(block).get("tool", {}).get("sharpscope", {}):
-            (tmp_path / "rules.toml").write_text(block)
-            assert len(read_rules(tmp_path / "rules.toml").rules) == 3
+        stored = tomllib.loads(block)
+        (tmp_path / "shown.toml").write_text(block)
+        if "check" in stored.get("tool", {}).get("sharpscope", {}):
+            assert len(read_rules(tmp_path / "shown.toml").rules) == 3
+        if "rules" in stored:
+            assert len(read_recipe(tmp_path / "shown.toml").recipe.rules) == len(stored["rules"])
+
+
+def test_there_is_a_recipe_to_read():
+    assert any("rules" in tomllib.loads(block) for page in PAGES for block in blocks(page, "toml"))
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=[str(page.relative_to(ROOT)) for page in WRITTEN])

@@ -97,6 +97,12 @@ def test_2_a_mistake_in_usage_or_rules(saved, monkeypatch, flags, said):
     assert said in err
 
 
+def test_2_points_to_give_up_that_are_no_number(saved, tmp_path):
+    code, out, err = ended("merge", saved / "scan", "--keep-id", "nan", "--dry-run", "--out", tmp_path / "merged")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: keep_id is nan: points of ID accuracy to give up")
+
+
 def test_3_a_scan_that_lacks_the_measure_cannot_be_softened(saved, tmp_path):
     (tmp_path / "rules.toml").write_text('[[rules]]\nid = "a"\nmeasure = "directional"\nmax = 1\nseverity = "warn"\n')
     code, out, err = ended("check", saved / "scan", "--rules", tmp_path / "rules.toml", "--fail-on", "never")

@@ -455,11 +455,15 @@ def test_the_order_of_measures_and_sets_is_no_part_of_the_plan(tmp_path):
     assert {cell.key: cell for cell in other.cells} == {cell.key: cell for cell in first.cells}
 
 
-def test_a_fresh_scan_is_not_taken_for_the_finished_one_it_replaces(tmp_path):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_fresh_scan_is_not_taken_for_the_finished_one_it_replaces(tmp_path, fresh):
+    """Asked for, or because the cells of the finished one are gone."""
     poles(alphas=[0, 1], out=tmp_path)
     (tmp_path / "memory-0000.safetensors").write_bytes(b"of an earlier scan")
+    if not fresh:
+        (tmp_path / "cells.jsonl").unlink()
     with after(1, interrupted), pytest.raises(KeyboardInterrupt):
-        poles(alphas=[0, 1], out=tmp_path, seed=1, fresh=True)
+        poles(alphas=[0, 1], out=tmp_path, seed=1, fresh=fresh)
     assert {path.name for path in tmp_path.glob("memory-*")} == set()
     with pytest.raises(UsageError, match="a scan that has not finished"):
         sharpscope.open(tmp_path)

@@ -66,6 +66,7 @@ def finding(result, **rule):
         ({"versus": "zeroshot"}, r"'zeroshot' is no model\n  fix: did you mean 'zero-shot'\?"),
         ({"min_chnage": 1}, r"'min_chnage' is no key of this rule\n  fix: did you mean 'min_change'\?"),
         ({"split": "idd"}, r"rule 'r': 'idd' is no split of this scan\n  fix: did you mean 'id'\?"),
+        ({"model": "candidate", "keep_id": math.nan}, "rule 'r': keep_id is nan: points of ID accuracy to give up"),
         ({"model": "alpha 0.3"}, r"'alpha 0.3' was not scanned; alphas: 0, 1\n  fix: nearest: 'alpha 0'"),
         ({"severity": "warning"}, r"'severity': input should be 'error' or 'warn', found 'warning'"),
         ({"min_change": "much"}, r"'min_change': input should be a valid number.*found 'much'"),

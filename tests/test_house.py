@@ -19,7 +19,7 @@ ROOMS = [
     ["tree", "naming"],
     ["partition"],
     ["recipe_file"],
-    ["path", "ball", "losses", "sparsity", "ranks", "board"],
+    ["device", "path", "ball", "losses", "sparsity", "ranks", "board"],
     ["objective"],
     ["network", "batches", "loaders", "data", "precision", "provenance"],
     ["gathering"],

@@ -358,7 +358,7 @@ def test_state_dicts_of_torch_keep_their_wrapper_and_nothing_that_belongs_to_oth
     expected = {n: torch.lerp(t, tensors(1)[n], 0.5) for n, t in tensors(0).items() if n in NAMES}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert torch.equal(found["position_ids"], torch.arange(7))
-    assert {path.name for path in tmp_path.iterdir()} == {"zs.pt", "ft.pt", "m.pt", "m.recipe.toml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"zs.pt", "ft.pt", "m.pt", "m.pt.recipe.toml"}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -378,6 +378,32 @@ def test_tied_tensors_of_torch_stay_tied(tmp_path):
     assert found["body.0.weight"].data_ptr() == found["body.1.weight"].data_ptr()
     assert found["body.1.weight"][0] == 0.5
     assert (tmp_path / "m.bin").stat().st_size < 6500
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_tensors_tied_in_the_fine_tuned_file_alone_are_tied_only_where_the_merge_is(tmp_path, alpha):
+    """Of three that one fine-tuned tensor is, the zero-shot file has two of equal bytes; -0 equals 0, but not so."""
+    starts = {"emb.weight": torch.zeros(4), "neck.weight": -torch.zeros(4), "head.weight": torch.zeros(4)}
+    tied = torch.ones(4)
+    torch.save(starts, tmp_path / "zs.pt")
+    torch.save(dict.fromkeys(starts, tied), tmp_path / "ft.pt")
+    merge(tmp_path / "zs.pt", tmp_path / "ft.pt", alpha, tmp_path / "m.pt")
+    found = torch.load(tmp_path / "m.pt", weights_only=True)
+    for name, start in starts.items():
+        expected = start if alpha == 0 else torch.full((4,), alpha)
+        assert found[name].numpy().tobytes() == expected.numpy().tobytes(), name
+    assert found["emb.weight"].data_ptr() == found["head.weight"].data_ptr()
+    assert (found["emb.weight"].data_ptr() == found["neck.weight"].data_ptr()) == (alpha > 0)
+
+
+def test_a_head_that_was_tied_by_fine_tuning_keeps_its_zero_shot_values(tmp_path):
+    tied = torch.full((4,), 3.0)
+    torch.save({"emb.weight": torch.zeros(4), "head.weight": torch.ones(4)}, tmp_path / "zs.pt")
+    torch.save({"emb.weight": tied, "head.weight": tied}, tmp_path / "ft.pt")
+    for alpha, expected in ((0.0, (0.0, 1.0)), (0.5, (1.5, 2.0)), (1.0, (3.0, 3.0))):
+        merge(tmp_path / "zs.pt", tmp_path / "ft.pt", alpha, tmp_path / f"{alpha}.pt")
+        found = torch.load(tmp_path / f"{alpha}.pt", weights_only=True)
+        assert tuple(found[name][0].item() for name in ("emb.weight", "head.weight")) == expected
 
 
 def test_shards_of_torch_are_read_and_written(checkpoints, tmp_path):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope as ss
 import sharpscope.commands.report as report
 from sharpscope import config
+from sharpscope.config import FILE
 from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.models import load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
@@ -131,6 +132,40 @@ def test_accuracy_outside_of_what_was_predicted_is_warned_of(run, world, tmp_pat
     assert code == 0
     assert err.startswith("warning: not as predicted: id: ")
     assert "predicted 0.0 to 0.5" in err
+
+
+def test_a_prediction_is_for_its_own_models_and_images(run, world, copy, tmp_path):
+    """A recipe that was merged of other models, and other images in the place of the scan's."""
+    run("merge", world / "scan", "--recipe", "0.5", "--out", tmp_path / "m")
+    root, _ = copy
+    clips.save(root / "tuned", clips.moved(clips.network(), by=-3.0, seed=8))
+    code, out, err = run("merge", scanned(root, root / "other"), "--recipe", tmp_path / "m", "--out", root / "n")
+    assert (code, err) == (0, "")
+    own = predicted_accuracy(scanned_answers(ss.open(root / "other"), Recipe.uniform(0.5)))
+    assert read_recipe(root / "n").predicted == {name: pytest.approx(found) for name, found in own.items()}
+    code, out, err = run("merge", world / "scan", "--out", tmp_path / "k", "--id", world / "sketch")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].endswith("of 16, not predicted")
+
+
+def test_a_scan_of_captions_is_judged_on_its_images(run, world, tmp_path):
+    """Captions are of the images that sharpness was measured on; those of the evaluation have none."""
+    shutil.copytree(world / "scan", tmp_path / "scan")
+    file = tmp_path / "scan" / FILE
+    known = file.read_text().replace('objective = "image"', 'objective = "contrastive"')
+    file.write_text(known.replace("captions = false", "captions = true"))
+    assert "captions = true" in file.read_text()
+    code, out, err = run("merge", tmp_path / "scan", "--recipe", "0.5", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert "id: " in out
+
+
+def test_a_home_directory_is_one_in_every_place(run, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = run("merge", world / "scan", "--recipe", "0.5", "--out", "~/m")
+    assert (code, err) == (0, "")
+    assert "id: " in out
+    assert (tmp_path / "m" / "model.safetensors").exists()
 
 
 def test_a_checkpoint_that_is_no_longer_what_was_scanned_is_refused(run, copy):

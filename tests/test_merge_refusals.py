@@ -230,6 +230,64 @@ def test_a_source_is_never_written_to(tmp_path, out):
         merge(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / out, overwrite=True)
 
 
+@pytest.mark.parametrize("out", ["v1", "v1/merged", "links", "links/tuned"])
+def test_a_source_that_is_named_through_a_link_is_never_written_to(tmp_path, out):
+    """The source is itself a merge, which --overwrite would replace."""
+    clips.pair(tmp_path)
+    merge(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "v1")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "v1").iterdir()}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "tuned").symlink_to(tmp_path / "v1")
+    with pytest.raises(UsageError, match=r"is, holds or lies in .*tuned, which is merged\n  fix: choose another --out"):
+        merge(tmp_path / "base", tmp_path / "links" / "tuned", 0.5, tmp_path / out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "v1").iterdir()} == before
+
+
+def test_a_file_that_a_folder_of_weights_links_to_is_never_written_to(ends, tmp_path):
+    out = merge(*ends, 0.5, tmp_path / "m.safetensors")
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "model.safetensors").symlink_to(out)
+    with pytest.raises(UsageError, match=r"m.safetensors is, holds or lies in .*zero/model.safetensors, which is"):
+        merge(tmp_path / "zero", ends[1], 0.5, out, overwrite=True)
+    assert load_file(out)["head.weight"][0, 0] == 0.5
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_link_to_a_merge_is_replaced_and_what_it_led_to_stays(tmp_path, monkeypatch, exchange):
+    clips.pair(tmp_path)
+    merge(tmp_path / "base", tmp_path / "tuned", 0.25, tmp_path / "old")
+    (tmp_path / "m").symlink_to(tmp_path / "old")
+    if not exchange:
+        monkeypatch.setattr(output.ctypes, "CDLL", lambda *_, **__: None)
+    merge(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "m", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "old", "m"}
+    assert [read_recipe(tmp_path / n).recipe for n in ("old", "m")] == [Recipe.uniform(0.25), Recipe.uniform(0.5)]
+    assert not (tmp_path / "m").is_symlink()
+
+
+def test_a_recipe_written_by_hand_is_not_replaced(ends, tmp_path):
+    """Neither one beside the stem, which is the user's name, nor one where the merge would put its own."""
+    for name in ("m.recipe.toml", "m.safetensors.recipe.toml"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"m.safetensors.recipe.toml exists already\n  fix: --overwrite"):
+        merge(*ends, 0.5, tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+    assert (tmp_path / "m.safetensors.recipe.toml").read_text() == "mine"
+    merge(*ends, 0.5, tmp_path / "m.safetensors", overwrite=True)
+    assert read_recipe(tmp_path / "m.safetensors.recipe.toml").recipe == Recipe.uniform(0.5)
+    assert (tmp_path / "m.recipe.toml").read_text() == "mine"
+
+
+def test_a_merge_of_the_same_stem_does_not_make_a_file_one(ends, tmp_path):
+    for i, name in enumerate(("zs", "ft")):
+        torch.save(weights(i), tmp_path / f"{name}.pt")
+    merge(tmp_path / "zs.pt", tmp_path / "ft.pt", 0.5, tmp_path / "model.pt")
+    save_file(weights(7), tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"model.safetensors is no merge that was written before"):
+        merge(*ends, 0.5, tmp_path / "model.safetensors", overwrite=True)
+    assert load_file(tmp_path / "model.safetensors")["head.weight"][0, 0] == 7
+
+
 def test_a_file_gets_the_format_of_its_source(ends, tmp_path):
     with pytest.raises(UsageError, match=r"has not the ending of ft.safetensors.*\n  fix: --out m.safetensors"):
         merge(*ends, 0.5, tmp_path / "m.pt")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
+from sharpscope.device import own_device
 from sharpscope.errors import DataError, MeasurementError, MismatchError, ModelError, UsageError
 from sharpscope.perturbation import AverageMSharpness, MSharpness
 from sharpscope.table import MODEL
@@ -186,6 +187,32 @@ def test_measures_that_cannot_be_meant_are_refused(chosen):
 def test_alphas_that_cannot_be_meant_are_refused(alphas):
     with pytest.raises(UsageError, match="alphas="):
         sharpscope.scan(*pair("mlp"), loader(), alphas=alphas)
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(UsageError, match=r"seed=-1\n  fix: 0 or more"):
+        sharpscope.scan(*pair("mlp"), loader(), seed=-1)
+
+
+class Unread:
+    def __iter__(self):
+        pytest.fail("data were read")
+
+
+# torch refuses each in its own way: RuntimeError, AssertionError, ImportError, no numbers, TypeError
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "hpu", "meta", 1.5])
+def test_a_device_that_is_not_there_is_refused_before_data_are_read(device):
+    with pytest.raises(UsageError, match=rf"--device {device} .* is no device of this machine: .*\n  fix: one of cpu"):
+        sharpscope.scan(*pair("mlp"), Unread(), device=device)
+
+
+def test_a_device_that_is_full_is_not_taken_for_one_that_is_not_there(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        own_device("cpu")
 
 
 FULL = [Trace(most=8), Eigenvalue(), MSharpness(m=4), AverageMSharpness(draws=2)]

@@ -63,7 +63,8 @@ class Prepared:
     """A merge that is ready to be written, and what it should be worth."""
 
     plan: MergePlan
-    predicted: Mapping[str, Interval]
+    predicted: Mapping[str, Interval]  # by the scan, for its images
+    foretold: Mapping[str, Interval]  # by the recipe's file, for these two models
     answers: Mapping[str, Array]  # of the scan at this recipe, image by image
     result: ScanResult | None
     request: Request
@@ -75,7 +76,14 @@ def prepared(request: Request) -> Prepared:
     stored = _recipe(request, result)
     plan = _plan_of_two(request, stored) if result is None else _plan_of_scan(request, stored, result)
     answers = {} if result is None else scanned_answers(result, stored.recipe)
-    return Prepared(plan, {**predicted_accuracy(answers), **stored.predicted}, answers, result, request)
+    return Prepared(plan, predicted_accuracy(answers), _foretold(stored, plan), answers, result, request)
+
+
+def _foretold(stored: RecipeFile, plan: MergePlan) -> Mapping[str, Interval]:
+    """Return the file's predictions, unless it says that they are of other models."""
+    ends = {"zero_shot_sha256": plan.zero_shot, "fine_tuned_sha256": plan.fine_tuned}
+    known = {key: end for key, end in ends.items() if stored.predicted and key in stored.sources}
+    return stored.predicted if all(stored.sources[key] == end.sha256 for key, end in known.items()) else {}
 
 
 def _plan_of_scan(request: Request, stored: RecipeFile, result: ScanResult) -> MergePlan:
@@ -114,11 +122,11 @@ def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]
     The checkpoint is loaded with its library, which must miss no weight and find none too many. Where there are data,
     its accuracy is compared with what was predicted; a warning names what is off.
     """
-    write_plan(job.plan, out, predicted=job.predicted, overwrite=overwrite)
+    write_plan(job.plan, out, predicted={**job.predicted, **job.foretold}, overwrite=overwrite)
     yield f"merged: {out}"
     if job.plan.mixes_text and job.result and job.result.meta.get("objective", "image") != "image":
         yield "text tower: mixed as the scan mixed it, its own alpha for each of its layers"
-    ends = _references(job, Path(out).absolute())
+    ends = _references(job, Path(out).expanduser().absolute())
     model = _reloaded(job, ends)
     if isinstance(model, str):
         yield f"not loaded again: {model}"
@@ -170,7 +178,7 @@ def _data(job: Prepared, ends: tuple[str, str]) -> Settings | str:
     places = [known["id"], *known.get("ood", {}).values()]
     if absent := next((place for place in places if ":" not in place and not Path(place).exists()), None):
         return f"{absent} is no longer there; name the data with --id DIR and --ood NAME=DIR"
-    return settings({**known, "zero_shot": ends[0], "fine_tuned": ends[1], "sharpness_on": None})
+    return settings({**known, "zero_shot": ends[0], "fine_tuned": ends[1], "sharpness_on": None, "captions": False})
 
 
 def _checks(job: Prepared, found: Material) -> Iterator[Check]:
@@ -181,7 +189,9 @@ def _checks(job: Prepared, found: Material) -> Iterator[Check]:
         name = job.result.id_split if job.result and split is found.id else split.name
         columns = None if split.columns is None else torch.tensor(split.columns)
         correct = per_example(module.forward, weights, split, columns)["correct"]
-        yield check_accuracy(name, correct, job.predicted, job.answers.get(name) if _same(job, name, split) else None)
+        same = _same(job, name, split)
+        predicted = {**(job.predicted if same else {}), **job.foretold}
+        yield check_accuracy(name, correct, predicted, job.answers.get(name) if same else None)
 
 
 def _same(job: Prepared, name: str, split: Split) -> bool:

@@ -16,6 +16,7 @@ from sharpscope.config import Settings, write_config
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
+from sharpscope.device import own_device
 from sharpscope.folders import class_folders
 from sharpscope.intervention import interventions_from
 from sharpscope.measures import Measure, measures_from
@@ -114,6 +115,8 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
 
 def plan_line(chosen: Settings) -> str:
     """Return what :func:`measure` would do, after checking models and data; nothing is measured or written."""
+    if chosen.device is not None:
+        own_device(chosen.device)  # refused before images are read
     found = material(chosen)
     plan = Plan(
         alphas_from(chosen.alphas),

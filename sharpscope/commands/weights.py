@@ -33,7 +33,8 @@ def convert(
     """Write the weights of a checkpoint as safetensors: from a pickled module, or under another library's names."""
     from sharpscope.commands.convert import convert as written
 
-    typer.echo(f"{written(Path(source), Path(out), to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
+    places = Path(source).expanduser(), Path(out).expanduser()
+    typer.echo(f"{written(*places, to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
 
 
 def merge(

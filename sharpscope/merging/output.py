@@ -37,16 +37,16 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
         What is written.
     out
         A directory if the fine-tuned checkpoint is one, else a file; it appears whole or not at all. The recipe is
-        ``recipe.toml`` in the directory, ``STEM.recipe.toml`` beside a file.
+        ``recipe.toml`` in the directory, ``OUT.recipe.toml`` beside a file.
     stored
         The recipe with what is known of it.
     overwrite
-        Replace a merge that is there already; anything else is never replaced.
+        Replace a merge that is there already, and a recipe beside a file; anything else is never replaced.
 
     Raises
     ------
     UsageError
-        If something is at ``out``, or it is one of the sources.
+        If something is at ``out`` or where its recipe goes, or it is one of the sources.
     SharpscopeError
         If it cannot be written there.
     """
@@ -71,28 +71,34 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
 
 
 def _recipe_place(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.{NAME}")
+    # The whole name: mix.recipe.toml is what people call their own, and model.pt is not model.safetensors.
+    return target.with_name(f"{target.name}.{NAME}")
 
 
 def _check_target(plan: MergePlan, target: Path, overwrite: bool) -> None:
-    place = target.resolve()
-    for source in (plan.zero_shot.root, plan.fine_tuned.root):
-        if place == source or place in source.parents or source in place.parents:
-            raise UsageError(f"{target} is, holds or lies in {source}, which is merged", "choose another --out")
-    if not os.path.lexists(target):
-        if not plan.fine_tuned.root.is_dir() and target.suffix != plan.fine_tuned.root.suffix:
-            raise UsageError(
-                f"{target} has not the ending of {plan.fine_tuned.root.name}, whose format it gets",
-                f"--out {target.with_suffix(plan.fine_tuned.root.suffix).name}",
-            )
-        return
-    if not overwrite:
+    _check_sources(plan, target)
+    source, exists = plan.fine_tuned.root, os.path.lexists(target)
+    if not exists and not source.is_dir() and target.suffix != source.suffix:
         raise UsageError(
-            f"{target} exists already", "--overwrite (overwrite=True) replaces it, or choose another --out"
+            f"{target} has not the ending of {source.name}, whose format it gets",
+            f"--out {target.with_suffix(source.suffix).name}",
         )
+    places = [target] if source.is_dir() else [target, _recipe_place(target)]
+    taken = next((place for place in places if os.path.lexists(place)), None)
+    if taken and not overwrite:
+        raise UsageError(f"{taken} exists already", "--overwrite (overwrite=True) replaces it, or choose another --out")
     is_merge = (target / NAME).is_file() if target.is_dir() else _recipe_place(target).is_file()
-    if not is_merge or target.is_dir() != plan.fine_tuned.root.is_dir():
+    if exists and (not is_merge or target.is_dir() != source.is_dir()):
         raise UsageError(f"{target} is no merge that was written before; it is not replaced", "choose another --out")
+
+
+def _check_sources(plan: MergePlan, target: Path) -> None:
+    """Raise if writing would change a source, whether it is named itself or through a link."""
+    place = target.resolve()
+    for weights in (plan.zero_shot, plan.fine_tuned):
+        for source in (weights.root, *(file.path for file in weights.files)):
+            if any(place == p or place in p.parents or p in place.parents for p in (source, source.resolve())):
+                raise UsageError(f"{target} is, holds or lies in {source}, which is merged", "choose another --out")
 
 
 def _check_room(plan: MergePlan, target: Path) -> None:
@@ -124,7 +130,7 @@ def _published(target: Path) -> Iterator[Path]:
 
 
 def _remove(place: Path) -> None:
-    if place.is_dir():
+    if place.is_dir() and not place.is_symlink():  # a link that was replaced: rmtree refuses it
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
@@ -143,7 +149,7 @@ def _exchange(new: Path, old: Path) -> None:
     except OSError:
         aside.rename(old)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def _write_directory(plan: MergePlan, folder: Path, stored: RecipeFile) -> None:
@@ -193,23 +199,25 @@ def write_safetensors(like: SafetensorsFile, target: Path, tensor: Tensors, fact
 
 def _append(file: BinaryIO, tensor: Tensor) -> None:
     if tensor.numel():
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(_bytes(tensor).numpy().data)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def write_torch(like: TorchFile, target: Path, tensor: Tensors) -> None:
-    """Write a state dict with the keys, sharing and wrapper of another one.
+    """Write a state dict with the keys and wrapper of another one; names that share a tensor there share an equal one.
 
     ``torch.save`` takes all tensors at once, so each is written to a file of its own first and mapped from there.
     What stood beside the weights (optimiser, epoch) is left out: it belongs to other weights.
     """
-    first = {key: keys[0] for keys in like.shared() for key in keys}
+    groups = {key: keys for keys in like.shared() for key in keys}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as scratch:
-        own = {
-            key: _mapped(tensor(key), Path(scratch) / str(i))
-            for i, key in enumerate(like.specs)
-            if first.get(key, key) == key
-        }
-        state: dict[str, Any] = {key: own[first.get(key, key)] for key in like.specs}
+        state: dict[str, Any] = {}
+        for i, key in enumerate(like.specs):
+            twins = [state[other] for other in groups.get(key, ()) if other in state]
+            state[key] = _twin_or_mapped(tensor(key), twins, Path(scratch) / str(i))
         with target.open("wb") as file:
             for wrapper in reversed(like.wrappers):
                 state = {wrapper: state}
@@ -223,6 +231,13 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
         raise OSError(f"torch.save gave up: {str(error).splitlines()[0]}") from error
     file.flush()
     os.fsync(file.fileno())
+
+
+def _twin_or_mapped(tensor: Tensor, twins: list[Tensor], path: Path) -> Tensor:
+    """Return the twin of the same bytes, else the tensor as a mapping of a file."""
+    # What is one tensor in the fine-tuned model may be two in the zero-shot one, and so between them.
+    twin = next((twin for twin in twins if torch.equal(_bytes(twin), _bytes(tensor))), None)
+    return _mapped(tensor, path) if twin is None else twin
 
 
 def _mapped(tensor: Tensor, path: Path) -> Tensor:

@@ -140,12 +140,12 @@ def recommend(
     Raises
     ------
     UsageError
-        If alpha 0 or 1 was not evaluated, or keep_id is positive.
+        If alpha 0 or 1 was not evaluated, or keep_id is positive or nan.
     """
     alphas = sorted({alpha for alpha, _ in correct})
     if not {0.0, 1.0} <= set(alphas):
         raise UsageError(f"alphas {alphas} lack an end point; the verdict compares with 0 and 1", "scan both ends")
-    if keep_id is not None and keep_id > 0:
+    if keep_id is not None and not keep_id <= 0:  # nan, too: no alpha would be left to choose from
         raise UsageError(f"keep_id is {keep_id}: points of ID accuracy to give up, so 0 or less", "e.g. keep_id=-0.5")
     target = list(ood) or [id_split]
     if small := next((s for s in {*target, id_split} if len(correct[0.0, s]) < 2), None):

@@ -1,0 +1,47 @@
+"""The device that a process computes on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from sharpscope.errors import UsageError
+
+
+def own_device(chosen: str) -> torch.device:
+    """Return the device, for ``cuda`` among several processes of a machine the GPU that is this one's.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device here, or there are more processes than GPUs.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if chosen != "cuda" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return _working(chosen)
+    if local >= torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, and there are {torch.cuda.device_count()} "
+            "GPUs",
+            f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+        )
+    torch.cuda.set_device(local)  # kernels that are compiled run on the current device
+    return _working(f"cuda:{local}")
+
+
+def _working(chosen: str) -> torch.device:
+    """Return the device of this name, on which a number was made and read back."""
+    try:
+        # A name alone says nothing: torch.device("cuda") exists without a GPU, and "meta" holds no numbers.
+        torch.ones((), device=chosen).item()
+        return torch.device(chosen)
+    except torch.OutOfMemoryError:
+        raise  # the device is there, and full
+    except (AssertionError, ImportError, RuntimeError, TypeError) as refusal:  # torch raises each of them
+        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        said = str(refusal).partition("\n")[0]
+        raise UsageError(
+            f"--device {chosen} (device={chosen!r}) is no device of this machine: {said}",
+            f"one of {', '.join(known)}, or leave it out",
+        ) from refusal
