@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sharpscope.curvature.point import Point
 from sharpscope.data import as_split
+from sharpscope.errors import UsageError, nearest
 from sharpscope.losses import cross_entropy
 from sharpscope.network import logits, network
 from sharpscope.objective import Batch, Objective
@@ -164,6 +165,8 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     names = tuple(net.parameters)
     layers = partition(names, containers=container_names(model)).layers
     chosen = layer or list(layers)[-1]
+    if chosen not in layers:
+        raise UsageError(f"there is no layer {chosen!r}", nearest(chosen, layers))
     batch = as_split(loader, "data").sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
     weights = {**net.buffers, **net.parameters}
     objective = Objective(net.forward, cross_entropy, (Batch(*batch),))

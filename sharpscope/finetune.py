@@ -53,7 +53,12 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warm_up < 1 or (self.clip or 1) <= 0:
+        if (
+            self.steps < 1
+            or self.batch_size < 1
+            or not 0 <= self.warm_up < 1
+            or (self.clip is not None and self.clip <= 0)
+        ):
             raise UsageError(f"{self} cannot be meant", "steps, batch_size and clip above 0, warm_up in [0, 1)")
 
     def rate(self, step: int) -> float:

@@ -17,6 +17,7 @@ from sharpscope.curvature.graphs import HEADROOM, free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
+from sharpscope.losses import code_of
 from sharpscope.network import Network
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import Partition
@@ -26,6 +27,11 @@ from sharpscope.provenance import provenance
 from sharpscope.ranks import ALONE, Parallel, Ranks
 from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, fingerprint, norm, select
+
+
+def _data(split: Split) -> str | list[Any]:
+    """Return what the examples are and which outputs they are judged by."""
+    return split.fingerprint if split.columns is None else [split.fingerprint, list(split.columns)]
 
 
 @dataclass
@@ -105,7 +111,7 @@ class Job:
         layers = json.dumps({k: list(v) for k, v in self.layers.layers.items()})
         return {
             "weights": [fingerprint({**self.constants, **end}) for end in (self.path.start, self.path.end)],
-            "data": {split.name: split.fingerprint for split in [*self.splits, self.sharpness_data]},
+            "data": {split.name: _data(split) for split in [*self.splits, self.sharpness_data]},
             "layers": hashlib.sha256(layers.encode()).hexdigest(),
             "alphas": list(plan.alphas),
             "measures": plan.settings,
@@ -116,6 +122,7 @@ class Job:
                 self.objective.loss.__name__ if self.objective.coupled else plan.loss_name,
                 plan.label_smoothing,
             ],
+            **({"loss_code": code} if (code := code_of(plan.loss)) else {}),
             "precision": plan.precision,
             "chains": plan.chains,
             # Absent from scans before there was a choice, which resume.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -188,6 +189,35 @@ def check_finite(loss: float, place: str) -> None:
         raise MeasurementError(
             f"the loss at {place} is {loss}",
             "check the inputs for NaN or infinities, and the two checkpoints for weights that overflow",
+        )
+
+
+def check_additive(objective: Objective, weights: Tree) -> None:
+    """Raise unless the loss of the first batch is that of its halves together. Cost: a forward of a batch.
+
+    Raises
+    ------
+    UsageError
+        If it is not, as of a loss that is a mean; a contrastive loss has a batch as its unit and is not asked.
+    """
+    batch = objective.batches[0]
+    if objective.coupled or len(batch.targets) < 2:
+        return
+    half = len(batch.targets) // 2
+    with torch.no_grad():
+        outputs = objective.outputs(weights, batch.inputs)
+        parts = (slice(None), slice(half), slice(half, None))
+        found = [objective.loss(outputs[part], batch.targets[part]) for part in parts]
+    fix = 'a function of outputs and targets that returns the sum over examples, such as reduction="sum"'
+    odd = next((part for part in found if not isinstance(part, Tensor) or part.ndim), None)
+    if odd is not None:
+        shape = f"a tensor of shape {tuple(odd.shape)}" if isinstance(odd, Tensor) else type(odd).__name__
+        raise UsageError(f"the loss of a batch is {shape}, not a tensor of one number", fix)
+    whole, halves = float(found[0]), float(sum(found[1:]))
+    if math.isfinite(whole + halves) and not math.isclose(whole, halves, rel_tol=0.02, abs_tol=1e-6):
+        raise UsageError(
+            f"the loss of a batch is {whole:.6g}, that of its halves together {halves:.6g}: it is no sum over examples",
+            fix,
         )
 
 

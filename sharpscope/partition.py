@@ -130,8 +130,17 @@ def partition(
     return Partition({layer: tuple(mine) for layer, mine in found.items()})
 
 
+def _compiled(layer: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"the pattern {pattern!r} of {layer!r} is no regular expression: {error}", r"e.g. '\.qkv\.'"
+        ) from error
+
+
 def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str, str]:
-    compiled = {layer: re.compile(pattern) for layer, pattern in patterns.items()}
+    compiled = {layer: _compiled(layer, pattern) for layer, pattern in patterns.items()}
     own = {}
     for name in names:
         layer = next((layer for layer, pattern in compiled.items() if pattern.search(name)), None)

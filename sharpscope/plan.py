@@ -26,7 +26,7 @@ def alphas_from(chosen: int | Sequence[float]) -> tuple[float, ...]:
         if chosen < 2:
             raise UsageError(f"alphas={chosen}: a path has two ends at least", "alphas=11, or a list of points")
         return tuple(round(i / (chosen - 1), 12) for i in range(chosen))
-    points = tuple(sorted(float(alpha) for alpha in chosen))
+    points = tuple(sorted(round(float(alpha), 12) for alpha in chosen))  # linspace's are those of a number of points
     if not points or not np.isfinite(points).all() or len(set(points)) < len(points):
         raise UsageError(f"alphas={list(chosen)}: needs distinct finite numbers", "e.g. alphas=[0, 0.5, 1]")
     return points
@@ -54,6 +54,8 @@ class Plan:
             raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")
         if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
             raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
+        if self.precision not in ("highest", "high"):
+            raise UsageError(f"precision={self.precision!r}", "'highest', or 'high' for TF32")
         if self.seed < 0:
             raise UsageError(f"seed={self.seed}", "0 or more")  # numpy's generators take no other
         check_objective(self.objective, self.loss_name, self.label_smoothing, self.measures, self.batch_size)

@@ -20,7 +20,7 @@ from sharpscope.job import Job
 from sharpscope.losses import Towers
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
-from sharpscope.objective import Objective, check_deterministic, check_finite
+from sharpscope.objective import Objective, check_additive, check_deterministic, check_finite
 from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, container_names, partition
 from sharpscope.path import Path
@@ -29,6 +29,7 @@ from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.tree import Tree, check_same_structure, select
 
+MEANS = ("mean OOD", "ood mean")  # names of means over sets, in the page and in tables
 ROLES = ("the zero-shot model", "the fine-tuned model")
 
 
@@ -135,9 +136,10 @@ def prepare(
 
     With ``parallel="data"`` the ranks measure every alpha together, with ``"weights"`` each holds a part of them.
 
-    Cost: two forwards and one gradient of a batch, and a forward per split.
+    Cost: three forwards and one gradient of a batch, and a forward per split.
     """
-    _check_names([id_split, *ood])
+    curvature = next((split for split in (id_split, *ood) if _same(split, curvature)), curvature)
+    _check_names(list(dict.fromkeys([id_split, *ood, curvature])))
     (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
@@ -184,8 +186,14 @@ def prepare(
     )
 
 
+def _same(one: Split, other: Split) -> bool:
+    return one is other or (one.name == other.name and one.fingerprint == other.fingerprint)
+
+
 def _check_names(splits: list[Split]) -> None:
     names = [split.name for split in splits]
+    if taken := next((name for name in names if name in MEANS), None):
+        raise UsageError(f"data set name {taken!r} stands for the mean over OOD sets", "give the set another name")
     if twice := {name for name in names if names.count(name) > 1 or "|" in name}:
         raise UsageError(f"data set name {min(twice)!r} is used twice or holds a '|'", "give each set its own name")
 
@@ -206,6 +214,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
         split.check_labels(_classes(first, weights, split))
+    check_additive(first, weights)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))

@@ -9,6 +9,7 @@ from typing import Any
 
 from sharpscope.budget import limited
 from sharpscope.data import Split, as_split
+from sharpscope.errors import UsageError
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.losses import Loss, Towers, loss_from
@@ -140,6 +141,8 @@ def scan(
     Cost for a network of L layers: some 50 to 150 gradients over ``limit`` images per alpha with the default
     measures, plus one forward over all data sets.
     """
+    if label_smoothing and not isinstance(loss, str):
+        raise UsageError(f"label_smoothing={label_smoothing} beside a loss of your own", "smooth within the function")
     plan = Plan(
         alphas=alphas_from(alphas),
         measures=measures_from(measures, batch_size if objective == "contrastive" else None),
