@@ -28,7 +28,7 @@ def limited(memory: int | None, device: str | None) -> Iterator[None]:
     """
     if memory is not None and memory < 1:
         raise UsageError(f"memory={memory}", "the bytes that the scan may take, e.g. 20 * 2**30")
-    place = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = own_device(device)
     if memory is None or place.type != "cuda":
         yield
         return

@@ -9,14 +9,17 @@ import torch
 from sharpscope.errors import UsageError
 
 
-def own_device(chosen: str) -> torch.device:
+def own_device(chosen: str | None) -> torch.device:
     """Return the device, for ``cuda`` among several processes of a machine the GPU that is this one's.
+
+    None is a GPU if there is one, else the CPU.
 
     Raises
     ------
     UsageError
         If there is no such device here, or there are more processes than GPUs.
     """
+    chosen = chosen or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if chosen != "cuda" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return _working(chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from types import CodeType, FunctionType
@@ -71,6 +71,11 @@ def logit_normalised(loss: Loss) -> Loss:
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 
 
+def name_of(loss: Loss) -> str:
+    """Return what the function is called, the same in every process."""
+    return str(getattr(loss, "__qualname__", None) or _placeless(repr(loss)))
+
+
 def code_of(loss: Loss) -> str | None:
     """Return a hash of what a function of one's own does, as far as its code and what it captured tell; else None.
 
@@ -81,19 +86,34 @@ def code_of(loss: Loss) -> str | None:
     return hashlib.sha256(_said(loss).encode()).hexdigest()
 
 
-def _said(value: object) -> str:
-    """Return a text of the value without places in memory, which are others in every process."""
+def _said(value: object, deep: int = 6) -> str:
+    """Return a text of the value without what differs from process to process: places in memory, orders of sets."""
+    if deep == 0:
+        return type(value).__qualname__  # objects may hold each other
+
+    def every(values: Iterable[object]) -> list[str]:
+        return [_said(inner, deep - 1) for inner in values]
+
     if isinstance(value, CodeType):
-        return f"{value.co_code.hex()} {value.co_names} {[_said(const) for const in value.co_consts]}"
+        return f"{value.co_code.hex()} {value.co_names} {every(value.co_consts)}"
     if isinstance(value, FunctionType):
-        captured = [*inspect.getclosurevars(value).nonlocals.values()]
-        return f"{_said(value.__code__)} {[_said(v) for v in (*captured, value.__defaults__, value.__kwdefaults__)]}"
+        captured = inspect.getclosurevars(value).nonlocals.values()
+        return f"{every((value.__code__, *captured, value.__defaults__, value.__kwdefaults__))}"
     if isinstance(value, partial):
-        return f"{_said(value.func)} {[_said(v) for v in value.args]} {_said(value.keywords)}"
+        return f"{every((value.func, value.args, value.keywords))}"
     if isinstance(value, set | frozenset):
-        return f"{sorted(map(_said, value))}"  # their order differs from process to process
-    own = {} if isinstance(value, Tensor) else dict(sorted(getattr(value, "__dict__", {}).items()))
-    return re.sub(r" at 0x[0-9a-f]+", "", f"{value!r} {own!r}")
+        return f"{sorted(every(value))}"
+    if isinstance(value, Mapping):
+        return f"{every(value.items())}"
+    if isinstance(value, list | tuple):
+        return f"{every(value)}"
+    if isinstance(value, Tensor | type) or not hasattr(value, "__dict__"):
+        return _placeless(repr(value))
+    return f"{_placeless(repr(value))} {_said(vars(value), deep - 1)}"
+
+
+def _placeless(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def loss_from(name: str, label_smoothing: float = 0.0) -> Loss:

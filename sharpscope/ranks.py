@@ -263,7 +263,7 @@ def launched(device: str | None) -> Iterator[bool]:
     UsageError
         See :func:`sharpscope.device.own_device`.
     """
-    place = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # refused before images are read
+    place = own_device(device)  # refused before images are read
     begun = "TORCHELASTIC_RUN_ID" in os.environ and not _initialised()
     if begun:
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=LOCKSTEP)

@@ -257,14 +257,15 @@ class ScanResult:
 
         Without ``scan.json``, which goes first and comes last, a folder is not taken for a scan.
         """
-        out = Path(folder)
+        out, names = Path(folder), ("layers", "evals", "stragglers", "interventions", "recipes")
+        tables = {name: getattr(self, name).to_csv(index=False) for name in names}  # takes long: before all else
         out.mkdir(parents=True, exist_ok=True)
         (out / "scan.json").unlink(missing_ok=True)
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]
         _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
-        for name in ("layers", "evals", "stragglers", "interventions", "recipes"):
-            _replace(out / f"{name}.csv", getattr(self, name).to_csv(index=False))
+        for name, text in tables.items():
+            _replace(out / f"{name}.csv", text)
         arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
         np.savez_compressed(out / "correct.part.npz", **arrays)
         (out / "correct.part.npz").replace(out / "correct.npz")

@@ -12,7 +12,7 @@ from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
-from sharpscope.losses import Loss, Towers, loss_from
+from sharpscope.losses import Loss, Towers, loss_from, name_of
 from sharpscope.measurement import measured
 from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
@@ -151,7 +151,7 @@ def scan(
         batch_size=batch_size,
         granularity=granularity,
         loss=loss_from(loss, label_smoothing) if isinstance(loss, str) else loss,
-        loss_name=loss if isinstance(loss, str) else getattr(loss, "__qualname__", repr(loss)),
+        loss_name=loss if isinstance(loss, str) else name_of(loss),
         label_smoothing=label_smoothing,
         precision=precision,
         chains=chains,

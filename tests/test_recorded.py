@@ -120,12 +120,12 @@ def test_nothing_is_recorded_without_a_recorder_or_a_gpu():
             assert found["a"].tolist() == [factor, factor]
 
 
-class Slow(Recorder):
-    """A recorder that counts, of a host that needs a share of the time until a work is done."""
+class Counting(Recorder):
+    """A recorder that is on without a GPU, and counts."""
 
-    def __init__(self, share):
+    def __init__(self):
         super().__init__(torch.device("cpu"))
-        self.on, self.share, self.recorded = True, share, 0
+        self.on, self.recorded = True, 0
 
     def record(self, work):
         self.recorded += 1
@@ -143,12 +143,12 @@ def test_products_are_recorded_where_the_device_waits_for_the_host(share, record
         return timed[-1]
 
     monkeypatch.setattr("sharpscope.curvature.recorded.time.perf_counter", now)
-    slow = Slow(share)
-    batches = [Products(slow, 5), Products(slow, 5), Products(slow, 2)]
+    recorder = Counting()
+    batches = [Products(recorder, 5), Products(recorder, 5), Products(recorder, 2)]
     for _ in range(3):
         for batch in batches:
             assert batch(("a",), {"a": torch.ones(2)}, lambda v: {"a": 2 * v["a"]})["a"].tolist() == [2, 2]
-    assert slow.recorded == recordings
+    assert recorder.recorded == recordings
     assert len(timed) == 3 * 2  # of 5 examples and of 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from planted import planted
 
@@ -12,22 +13,30 @@ from sharpscope.result import ScanResult
 FEW = {"alphas": (0.0, 0.5, 1.0), "measures": ("trace",)}
 
 
-class Interrupted(ScanResult):
-    """A scan whose saving is ended between its files."""
-
-    @property
-    def stragglers(self):
-        raise KeyboardInterrupt
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
-def test_a_save_that_is_cut_short_over_another_scan_leaves_none(tmp_path):
+def test_a_save_that_is_cut_short_over_another_scan_leaves_none(tmp_path, monkeypatch):
     planted(**FEW).save(tmp_path)
     other = planted(**FEW, failure=True)
-    with pytest.raises(KeyboardInterrupt):
-        Interrupted(other.cells, other.meta).save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(tmp_path)
     with pytest.raises(UsageError, match="a scan that has not finished"):
         ss.open(tmp_path)
     assert ss.open(other.save(tmp_path)).cells == other.cells
+
+
+def test_a_save_that_is_cut_short_before_its_first_file_leaves_the_other_scan_whole(tmp_path, monkeypatch):
+    first, other = planted(**FEW), planted(**FEW, failure=True)
+    first.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ScanResult, "stragglers", property(interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            other.save(tmp_path)
+    assert ss.open(tmp_path).cells == first.cells
 
 
 @pytest.mark.parametrize(

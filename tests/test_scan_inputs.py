@@ -1,5 +1,8 @@
 """What a scan is asked for in ways that look right: it measures what was meant, or says what it needs."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -101,6 +104,32 @@ def test_the_code_of_a_loss_is_known_but_for_named_ones():
     assert len(set(marks)) == 3
     assert code_of(nn.CrossEntropyLoss()) == marks[1]
     assert "loss_code" not in scan().meta["plan"]
+
+
+IN_A_PROCESS = """
+from functools import partial
+from sharpscope.losses import code_of, name_of
+import torch.nn.functional as F
+class Scaled:
+    def __init__(self): self.by, self.classes = object(), {"cat", "dog", "newt"}
+    def __call__(self, z, t): return F.cross_entropy(z, t, reduction="sum")
+def captured(by):
+    return lambda z, t: F.cross_entropy(z, t, reduction="sum") if by not in {"cat", "dog", "newt"} else z.sum()
+for loss in (Scaled(), captured("newt"), captured(Scaled), partial(captured(3), t=Scaled.__call__)):
+    print(name_of(loss), code_of(loss))
+"""
+
+
+def test_names_and_code_of_losses_are_the_same_in_every_process():
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+            capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]  # fmt: skip
+    assert said[0] == said[1] == said[2]
+    assert len(set(said[0].splitlines())) == 4
 
 
 # --- the rest

@@ -81,9 +81,8 @@ def prepared(request: Request) -> Prepared:
 
 def _foretold(stored: RecipeFile, plan: MergePlan) -> Mapping[str, Interval]:
     """Return the file's predictions, unless it says that they are of other models."""
-    ends = {"zero_shot_sha256": plan.zero_shot, "fine_tuned_sha256": plan.fine_tuned}
-    known = {key: end for key, end in ends.items() if stored.predicted and key in stored.sources}
-    return stored.predicted if all(stored.sources[key] == end.sha256 for key, end in known.items()) else {}
+    known = plan.hashes.items() if stored.predicted else ()  # hashing reads both models
+    return {} if any(stored.sources.get(key, mark) != mark for key, mark in known) else stored.predicted
 
 
 def _plan_of_scan(request: Request, stored: RecipeFile, result: ScanResult) -> MergePlan:

@@ -115,8 +115,7 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
 
 def plan_line(chosen: Settings) -> str:
     """Return what :func:`measure` would do, after checking models and data; nothing is measured or written."""
-    if chosen.device is not None:
-        own_device(chosen.device)  # refused before images are read
+    own_device(chosen.device)  # refused before images are read
     found = material(chosen)
     plan = Plan(
         alphas_from(chosen.alphas),

@@ -82,6 +82,5 @@ def write_plan(
     sources = {
         role: str(source.root) for role, source in (("zero_shot", plan.zero_shot), ("fine_tuned", plan.fine_tuned))
     }
-    hashes = {"zero_shot_sha256": plan.zero_shot.sha256, "fine_tuned_sha256": plan.fine_tuned.sha256}
-    stored = RecipeFile(plan.recipe, plan.granularity, predicted or {}, {**sources, **hashes})
+    stored = RecipeFile(plan.recipe, plan.granularity, predicted or {}, {**sources, **plan.hashes})
     return write_merge(plan, out, stored, overwrite=overwrite)

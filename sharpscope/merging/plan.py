@@ -158,6 +158,11 @@ class MergePlan:
             if isinstance(file, TorchFile) and file.besides:
                 yield f"{file.path} holds {', '.join(file.besides)} beside the weights; they are left out"
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What tells both models from others, as recipes hold it among their sources."""
+        return {"zero_shot_sha256": self.zero_shot.sha256, "fine_tuned_sha256": self.fine_tuned.sha256}
+
     def facts(self) -> dict[str, str]:
         """Return what is stored in the metadata of each file of the result."""
         return {
