@@ -8,7 +8,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 HEAD = (
-    "| network, images | GPUs | shared | seconds | times as fast | efficiency | peak a GPU, GB (of) "
+    "| network, images, machine, commit | GPUs | shared | seconds | times as fast | efficiency | peak a GPU, GB (of) "
     "| largest gap of a value |\n|---|---|---|---|---|---|---|---|"
 )
 
@@ -24,7 +24,7 @@ def line(settings: dict[str, Any], machine: dict[str, Any], first: dict[str, Any
     peak = f"{max(peaks) / 1e9:.1f} ({row['budget_bytes'] / 1e9:.0f})" if peaks else "-"
     gaps = row["gap"]
     cells = (
-        f"{settings['size']}, {settings['limit']}, {machine['device']}",
+        f"{settings['size']}, {settings['limit']}, {machine['device']}, {machine['sharpscope_commit']}",
         str(row["processes"]),
         row["parallel"] if row["processes"] > 1 else "-",
         f"{row['seconds']:.1f}",

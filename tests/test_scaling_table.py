@@ -25,11 +25,11 @@ def test_every_run_of_a_file_has_its_line_and_nothing_else(tmp_path):
         }
         for n, s, e in runs
     ]  # fmt: skip
-    found = {"settings": {"size": "l14", "limit": 16}, "machine": {"device": "Some GPU"}, "rows": rows}
+    found = {"settings": {"size": "l14", "limit": 16}, "machine": {"device": "Some GPU", "sharpscope_commit": "abc"}, "rows": rows}
     (tmp_path / "scaling-l14.json").write_text(json.dumps(found))
     lines = module().table(tmp_path).splitlines()
     assert len(lines) == 2 + 2
-    assert lines[-1] == "| l14, 16, Some GPU | 2 | data | 25.0 | 1.60 (of 1) | 80.0% | 3.0 (8) | 2e-07 |"
+    assert lines[-1] == "| l14, 16, Some GPU, abc | 2 | data | 25.0 | 1.60 (of 1) | 80.0% | 3.0 (8) | 2e-07 |"
 
 
 def sharded(peak, error=None):
@@ -66,7 +66,7 @@ def over_budget(folder):
 def over_limit(folder):
     """Rows of costs that took more than the limit of their run, in GiB."""
     found = []
-    for path in (*folder.glob("growth-*.json"), *folder.glob("moves-*.json")):
+    for path in (file for kind in ("growth", "moves", "path") for file in folder.glob(f"{kind}-*.json")):
         stored = json.loads(path.read_text())
         limit = stored["settings"]["memory"] * 2**30
         found += [(path.name, row["images"]) for row in stored["rows"] if row["peak_bytes"] > limit]
