@@ -20,6 +20,7 @@ from sharpscope.objective import Batch
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
 from sharpscope.plan import Plan
+from sharpscope.precision import differentiable
 from sharpscope.preparation import prepare
 from sharpscope.replay import Replay
 from sharpscope.stragglers.interval import Interval, mean_interval
@@ -49,6 +50,7 @@ class _Setting:
     seed: int
 
 
+@differentiable()
 def criticality(
     model_a: Any,
     model_b: Any,

@@ -20,6 +20,7 @@ from sharpscope.network import logits, network
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 from sharpscope.perturbation import moved
+from sharpscope.precision import differentiable
 from sharpscope.table import MODEL
 from sharpscope.tree import Tree, axpy, dot, gaussian, norm, rademacher, scaled
 
@@ -135,6 +136,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@differentiable()
 def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: int = 64, seed: int = 0) -> pd.DataFrame:
     """Return how far sharpscope's Hessian products of your model are from what others, and mathematics, say.
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
-from types import CodeType, FunctionType
-from typing import Literal
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpscope.errors import UsageError
@@ -73,47 +74,83 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squa
 
 def name_of(loss: Loss) -> str:
     """Return what the function is called, the same in every process."""
-    return str(getattr(loss, "__qualname__", None) or _placeless(repr(loss)))
+    return str(getattr(loss, "__qualname__", None) or _placeless(loss))
 
 
 def code_of(loss: Loss) -> str | None:
     """Return a hash of what a function of one's own does, as far as its code and what it captured tell; else None.
 
     A name says too little of it: a cell that was edited and run again defines another function of the same name.
+    Functions and classes of other packages count by their names, those of the loss's own package by what they do.
     """
     if getattr(loss, "func", loss) in LOSSES.values() or loss in COUPLED:
         return None
-    return hashlib.sha256(_said(loss).encode()).hexdigest()
+    return hashlib.sha256(_said(loss, _package(loss)).encode()).hexdigest()
 
 
-def _said(value: object, deep: int = 6) -> str:
+def _package(value: object) -> str:
+    """Return the package that a function or an object's class is written in."""
+    while isinstance(value, partial):
+        value = value.func
+    return str(getattr(value, "__module__", None)).partition(".")[0]
+
+
+def _said(value: object, home: str, deep: int = 8) -> str:
     """Return a text of the value without what differs from process to process: places in memory, orders of sets."""
     if deep == 0:
         return type(value).__qualname__  # objects may hold each other
-
-    def every(values: Iterable[object]) -> list[str]:
-        return [_said(inner, deep - 1) for inner in values]
-
-    if isinstance(value, CodeType):
-        return f"{value.co_code.hex()} {value.co_names} {every(value.co_consts)}"
-    if isinstance(value, FunctionType):
-        captured = inspect.getclosurevars(value).nonlocals.values()
-        return f"{every((value.__code__, *captured, value.__defaults__, value.__kwdefaults__))}"
-    if isinstance(value, partial):
-        return f"{every((value.func, value.args, value.keywords))}"
-    if isinstance(value, set | frozenset):
-        return f"{sorted(every(value))}"
-    if isinstance(value, Mapping):
-        return f"{every(value.items())}"
-    if isinstance(value, list | tuple):
-        return f"{every(value)}"
-    if isinstance(value, Tensor | type) or not hasattr(value, "__dict__"):
-        return _placeless(repr(value))
-    return f"{_placeless(repr(value))} {_said(vars(value), deep - 1)}"
+    text, parts = _parts(value, home)
+    inner = [_said(part, home, deep - 1) for part in parts]
+    return f"{text} {sorted(inner) if isinstance(value, set | frozenset) else inner}"
 
 
-def _placeless(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
+def _parts(value: object, home: str) -> tuple[str, Iterable[object]]:
+    """Return what a value is, and the values that it is made of."""
+    match value:
+        case CodeType() | FunctionType() | MethodType() | type() | partial():
+            return _code(value, home)
+        case Mapping():
+            return "", value.items()
+        case set() | frozenset() | list() | tuple():
+            return "", value
+        case ModuleType():
+            return value.__name__, ()
+        case Tensor():
+            return f"{value.dtype} {value.tolist()}", ()
+        case nn.Module():
+            own = {name: of for name, of in vars(value).items() if not name.startswith("_")}
+            return repr(value), (type(value), own, value.state_dict())
+    return _placeless(value), (type(value), vars(value)) if hasattr(value, "__dict__") else ()
+
+
+def _placeless(value: object) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _code(value: CodeType | FunctionType | MethodType | type | partial[Any], home: str) -> tuple[str, Iterable[object]]:
+    """The same for what can be called, or belongs to it."""
+    match value:
+        case FunctionType() | type() if _package(value) != home:
+            return f"{value.__module__}.{value.__qualname__}", ()
+        case CodeType():
+            return f"{value.co_code.hex()} {value.co_names}", value.co_consts
+        case FunctionType():
+            captured = inspect.getclosurevars(value).nonlocals.values()
+            known = [value.__globals__[name] for name in _globals(value.__code__) if name in value.__globals__]
+            return "", (value.__code__, *captured, *known, value.__defaults__, value.__kwdefaults__)
+        case MethodType():
+            return "", (value.__func__, value.__self__)
+        case partial():
+            return "", (value.func, value.args, value.keywords)
+    own = [(name, of) for name, of in sorted(vars(value).items()) if isinstance(of, FunctionType | int | float)]
+    return value.__qualname__, own
+
+
+def _globals(code: CodeType) -> list[str]:
+    """Return the names of globals that code reads, with those that are read in functions within it."""
+    found = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _globals(const)]
+    return sorted(found | set(inner))
 
 
 def loss_from(name: str, label_smoothing: float = 0.0) -> Loss:

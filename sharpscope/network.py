@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,21 @@ class Network:
 
     def forward(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the logits ``(n, classes)`` at the weights; ``weights`` must hold parameters and buffers."""
-        return logits(functional_call(self.module, dict(weights), (inputs,)))
+        tied = {name: weights[first] for name, first in self._ties.items() if first in weights}
+        # Left to itself torch puts tensors in by every name of a submodule, and gives back what it found the last time.
+        return logits(functional_call(self.module, {**weights, **tied}, (inputs,), tie_weights=False))
+
+    @cached_property
+    def _ties(self) -> dict[str, str]:
+        """Further places of a tensor, each by the one name that its submodule goes by here -> its first name."""
+        first: dict[int, str] = {}
+        found = {}
+        for prefix, sub in self.module.named_modules():  # each once
+            own = (*sub.named_parameters(prefix, False, False), *sub.named_buffers(prefix, False, False))
+            for name, tensor in own:
+                if first.setdefault(id(tensor), name) != name:
+                    found[name] = first[id(tensor)]
+        return found
 
 
 def logits(outputs: Any) -> Tensor:
@@ -81,6 +96,11 @@ def network(module: nn.Module, role: str) -> Network:
             "examples are batched",
             "track_running_stats=True, or a norm that sees one example at a time",
         )
+    if made := next((n for n, t in module.state_dict(keep_vars=True).items() if _is_inference(t)), None):
+        raise ModelError(
+            f"{role} was made in torch.inference_mode() ({made!r}): it has no gradient",
+            "make it outside, or copy.deepcopy(model) there",
+        )
     floating = {n: p.detach() for n, p in module.named_parameters() if p.is_floating_point()}
     if half := next((n for n, p in floating.items() if p.dtype in _HALF), None):
         raise ModelError(
@@ -88,3 +108,7 @@ def network(module: nn.Module, role: str) -> Network:
             "model.float(), or load it with sharpscope.load",
         )
     return Network(module, floating, {n: b.detach() for n, b in module.named_buffers()})
+
+
+def _is_inference(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_inference()

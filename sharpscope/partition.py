@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sharpscope.errors import UsageError
 from sharpscope.naming import Place, part, places
+from sharpscope.table import MODEL
 
 Granularity = Literal["tower", "block", "part", "tensor"]
 GRANULARITIES: tuple[Granularity, ...] = ("tower", "block", "part", "tensor")
@@ -93,7 +94,8 @@ def partition(
     granularity
         ``"tower"``, ``"block"``, ``"part"`` (attention, MLP and norms of a block apart) or ``"tensor"``.
         q, k, v and out of a block stay together except at ``"tensor"``: attention is invariant under
-        exchanging scale between them, so their separate sharpness means nothing.
+        exchanging scale between them, so their separate sharpness means nothing. A layer that the network calls
+        ``model`` gets the id ``model_``, as ``model`` stands for the whole network.
     containers
         Names of the modules that are lists or Sequentials, for networks that are no known CLIP.
     patterns
@@ -102,7 +104,7 @@ def partition(
     Raises
     ------
     UsageError
-        If there are no names, the granularity is unknown, or a pattern matches nothing.
+        If there are no names, the granularity is unknown, or a pattern matches nothing or is called ``model``.
 
     Examples
     --------
@@ -125,9 +127,17 @@ def partition(
         found = {}
         for name in rest:
             found.setdefault(_plain_layer(name, granularity, containers), []).append(name)
+    if MODEL in found:
+        free = _free(MODEL, {*found, *own.values()})
+        found = {free if layer == MODEL else layer: mine for layer, mine in found.items()}
     for name, layer in own.items():
         found.setdefault(layer, []).append(name)
     return Partition({layer: tuple(mine) for layer, mine in found.items()})
+
+
+def _free(layer: str, taken: Collection[str]) -> str:
+    """Return the id with as many underscores behind it as it takes to be another's."""
+    return layer if layer not in taken else _free(f"{layer}_", taken)
 
 
 def _compiled(layer: str, pattern: str) -> re.Pattern[str]:
@@ -140,6 +150,8 @@ def _compiled(layer: str, pattern: str) -> re.Pattern[str]:
 
 
 def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str, str]:
+    if MODEL in patterns:
+        raise UsageError(f"a layer of patterns is called {MODEL!r}, which stands for the whole network", "another id")
     compiled = {layer: _compiled(layer, pattern) for layer, pattern in patterns.items()}
     own = {}
     for name in names:

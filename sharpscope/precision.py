@@ -1,13 +1,15 @@
-"""How torch computes, chosen for a while and given back: the precision of products, the choice of algorithms."""
+"""How torch computes, chosen for a while and given back: precision of products, choice of algorithms, no autocast."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
+
+from sharpscope.errors import UsageError
 
 Precision = Literal["highest", "high"]
 
@@ -23,6 +25,24 @@ def matmul_precision(precision: Precision) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Let nothing around the block change what is differentiated in it: no autocast, whose rounding is noise.
+
+    Raises
+    ------
+    UsageError
+        In inference mode, of which there is no way out: tensors made there have no gradient.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UsageError("torch.inference_mode() is on, in which nothing has a gradient", "call it outside of that")
+    with ExitStack() as off:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

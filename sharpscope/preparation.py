@@ -14,7 +14,7 @@ from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.data import Split
 from sharpscope.device import own_device
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
 from sharpscope.losses import Towers
@@ -30,6 +30,7 @@ from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.tree import Tree, check_same_structure, select
 
 MEANS = ("mean OOD", "ood mean")  # names of means over sets, in the page and in tables
+_SAME = 1e-3  # of the largest output: rounding of forwards that are written in different ways
 ROLES = ("the zero-shot model", "the fine-tuned model")
 
 
@@ -160,6 +161,8 @@ def prepare(
     objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
     layers, example = _touched(objective, {**constants, **path.start}, everything, labelled)
+    if parallel != "weights":
+        notes += _same_forward(objective, networks, constants, path)
     objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
     if objective.pieces > 1:
         notes.append(f"batches are computed in {objective.pieces} pieces to stay within memory")
@@ -220,6 +223,39 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
+
+
+def _same_forward(objective: Objective, networks: tuple[Network, Network], constants: Tree, path: Path) -> list[str]:
+    """Raise unless the fine-tuned model computes what the zero-shot model does with its weights; return notes.
+
+    Buffers of integers, attributes and code are not on the path: what differs in them would be the zero-shot model's at
+    every alpha. Cost: two forwards of two examples.
+    """
+    first, second = networks
+    inputs = objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0].inputs
+    place = next(iter(path.start.values())).device
+    own = _moved({name: buffer for name, buffer in second.buffers.items() if name in constants}, place)
+    with torch.no_grad():
+        ours = objective.outputs({**constants, **path.end}, inputs)
+        try:
+            theirs = replace(objective, forward=second.forward).outputs({**own, **path.end}, inputs)
+        except RuntimeError as refusal:  # as where a tensor that is no buffer lies on another device
+            return [f"the fine-tuned model's own forward was not compared with the zero-shot model's: {refusal}"]
+    gap, size = (float(t.abs().max()) for t in (ours - theirs, ours))
+    if gap > _SAME * size:
+        kept = first.module.state_dict()
+        differing = [
+            name
+            for name, tensor in second.module.state_dict().items()
+            if name not in path.start and isinstance(tensor, Tensor) and not torch.equal(tensor.cpu(), kept[name].cpu())
+        ]
+        told = f"{differing[0]!r} differs and is no floating-point tensor" if differing else "code or attributes differ"
+        raise MismatchError(
+            f"the zero-shot model with the fine-tuned weights gives other outputs than the fine-tuned model, by "
+            f"{gap:.3g} of {size:.3g} ({told}): alpha 1 would not be that model",
+            "two models that differ in floating-point weights alone",
+        )
+    return []
 
 
 def _classes(objective: Objective, weights: Tree, split: Split) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
@@ -18,7 +19,7 @@ from sharpscope.measures import DEFAULT, Measure, measures_from
 from sharpscope.memory import Memory
 from sharpscope.partition import Granularity
 from sharpscope.plan import Plan, alphas_from
-from sharpscope.precision import Precision, matmul_precision
+from sharpscope.precision import Precision, differentiable, matmul_precision
 from sharpscope.preparation import prepare, sharing_of
 from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
@@ -27,6 +28,7 @@ from sharpscope.storage import locked, writing
 from sharpscope.table import Cell
 
 
+@differentiable()
 def scan(
     model_a: Any,
     model_b: Any,
@@ -171,10 +173,13 @@ def scan(
         with locked(folder if ranks.leads else None):
             journal = _journal(ranks, identity, folder, fresh)
             kept = Memory(folder, ranks if shared == "weights" else job.team)
+            there = len(journal)
             found = measured(job, plan, moves, searched, journal, kept, show)
             if shared == "alphas":
                 job.tell_all()
-            result = ScanResult(journal, {**job.meta(plan, journal.plan, time.monotonic() - started), **found})
+            meta = {**job.meta(plan, journal.plan, time.monotonic() - started), **found}
+            meta["cost"] = ranks.led(lambda: _in_all(meta, folder, there, len(journal)))
+            result = ScanResult(journal, meta)
             if folder is not None and ranks.leads:
                 with writing(folder):
                     result.save(folder)
@@ -219,3 +224,21 @@ def _discard(folder: FilePath) -> None:
     with writing(folder):
         (folder / "scan.json").unlink(missing_ok=True)
         Memory(folder).clear()
+
+
+def _in_all(meta: Mapping[str, Any], folder: FilePath | None, there: int, now: int) -> dict[str, Any]:
+    """Return what the scan cost with what it cost before, if it had ended then; else how many cells were there."""
+    cost = dict(meta["cost"])
+    if not there:
+        return cost
+    try:
+        old = json.loads(((folder or FilePath()) / "scan.json").read_text(encoding="utf-8"))
+        before: dict[str, Any] = old["cost"] if old["plan"] == meta["plan"] else {}
+    except (OSError, ValueError, KeyError):
+        before = {}
+    if not before:
+        return {**cost, "cells_found_before": there}
+    if now == there:
+        return before
+    summed = {name: before.get(name, 0) + cost.get(name, 0) for name in {**before, **cost}}
+    return {**summed, "processes": cost["processes"]}

@@ -25,7 +25,11 @@ def test_every_run_of_a_file_has_its_line_and_nothing_else(tmp_path):
         }
         for n, s, e in runs
     ]  # fmt: skip
-    found = {"settings": {"size": "l14", "limit": 16}, "machine": {"device": "Some GPU", "sharpscope_commit": "abc"}, "rows": rows}
+    found = {
+        "settings": {"size": "l14", "limit": 16},
+        "machine": {"device": "Some GPU", "sharpscope_commit": "abc"},
+        "rows": rows,
+    }
     (tmp_path / "scaling-l14.json").write_text(json.dumps(found))
     lines = module().table(tmp_path).splitlines()
     assert len(lines) == 2 + 2

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
-from sharpscope.errors import UsageError
+from sharpscope.criticality import criticality
+from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.finetune import Schedule
 from sharpscope.losses import code_of
 
@@ -99,6 +101,46 @@ def test_a_loss_that_was_edited_is_another_plan(tmp_path):
         scan(loss=tempered(4.0), out=tmp_path)
 
 
+def written(source, **known):
+    """A loss as a notebook's cell defines it, among globals."""
+    there = {"cross_entropy": cross_entropy, "nn": nn, "__name__": "__main__", **known}
+    exec(source, there)
+    return there["loss"]
+
+
+A_GLOBAL = "def loss(z, t): return by * cross_entropy(z, t, reduction='sum')"
+A_HELPER = """
+def scaled(z): return z / {by}
+def loss(z, t): return sum(cross_entropy(scaled(z), t, reduction='sum') for _ in range(1))
+"""
+A_CLASS = """
+class Loss:
+    def __call__(self, z, t): return {by} * cross_entropy(z, t, reduction='sum')
+loss = Loss()
+"""
+A_METHOD = A_CLASS.replace("__call__", "of") + "loss = loss.of"
+A_MODEL = """
+teacher = nn.Linear(2, 2).requires_grad_(False)
+teacher.weight.copy_(nn.init.constant_(teacher.weight, {by}))
+def loss(z, t): return cross_entropy(z, t, reduction='sum') + 0 * teacher.weight.sum()
+"""
+
+
+@pytest.mark.parametrize("source", [A_GLOBAL, A_HELPER, A_CLASS, A_METHOD, A_MODEL])
+def test_what_a_loss_reads_and_calls_is_part_of_its_code(source):
+    def of(by):
+        torch.manual_seed(0)
+        return code_of(written(source.format(by=by), by=by))
+
+    assert of(1.0) == of(1.0)
+    assert of(1.0) != of(2.0)
+
+
+def test_other_globals_than_a_loss_reads_are_not_part_of_its_code():
+    source = "def loss(z, t): return cross_entropy(z, t, reduction='none').sum()"
+    assert code_of(written(source, sum=3)) == code_of(written(source, sum=4, other=5))
+
+
 def test_the_code_of_a_loss_is_known_but_for_named_ones():
     marks = [code_of(loss) for loss in (nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(), cross_entropy)]
     assert len(set(marks)) == 3
@@ -162,3 +204,146 @@ def test_a_pattern_that_is_none_and_a_layer_that_is_not_there_are_named():
 def test_clipping_everything_away_is_refused():
     with pytest.raises(UsageError, match="clip above 0"):
         Schedule(steps=20, clip=0)
+
+
+# --- models and what is around a call
+
+
+class TwoNames(nn.Module):
+    """Its head is a layer of its body."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.body = network(seed)
+        self.head = self.body[2]
+
+    def forward(self, x):
+        return self.head(self.body[1](self.body[0](x))) + self.body(x)
+
+
+def test_submodules_with_two_names_get_their_tensors_back():
+    models = [TwoNames(seed).eval() for seed in (0, 1)]
+    before = [dict(model.named_parameters(remove_duplicate=False)) for model in models]
+    first, again = (ss.scan(*models, loader(), alphas=3, measures=["trace"], progress=False) for _ in range(2))
+    ss.verify(models[0], loader())
+    for model, known in zip(models, before, strict=True):
+        now = dict(model.named_parameters(remove_duplicate=False))
+        assert list(now) == list(known)
+        assert all(now[name] is known[name] for name in known)
+    assert first.layers.equals(again.layers)
+    (x, y), ends = next(iter(DataLoader(loader().dataset, batch_size=30))), first.evals.query("measure == 'loss'")
+    for model, alpha in zip(models, (0, 1), strict=True):
+        found = ends["value"][ends["alpha"] == alpha].item()
+        assert found == pytest.approx(cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+class Called(nn.Module):
+    """A layer of a given name, and a head."""
+
+    def __init__(self, seed, name):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.name = name
+        self.add_module(name, nn.Linear(8, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(getattr(self, self.name)(x)))
+
+
+def test_a_layer_that_is_called_model_is_not_taken_for_the_whole_network():
+    found = {}
+    for name in ("body", "model"):
+        models = [Called(seed, name).eval() for seed in (0, 1)]
+        result = ss.scan(*models, loader(), alphas=3, measures=["lambda_max", "directional"], progress=False)
+        layers = result.layers.replace({"layer": {"body": "model_"}})
+        found[name] = layers.sort_values(["alpha", "measure", "layer"]).reset_index(drop=True)
+    assert set(found["model"]["layer"]) == {"model_", "head", "model"}
+    columns = ["alpha", "measure", "layer"]
+    assert found["model"][columns].equals(found["body"][columns])
+    same = found["model"]["measure"] == "directional"  # random start vectors go by the names of tensors
+    np.testing.assert_allclose(found["model"]["value"][same], found["body"]["value"][same], rtol=1e-6)
+    np.testing.assert_allclose(found["model"]["value"], found["body"]["value"], rtol=0.02)
+    with pytest.raises(UsageError, match="a layer of patterns is called 'model'"):
+        scan(patterns={"model": "0"})
+
+
+class Permuted(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x):
+        return self.linear(x)[:, self.order]
+
+
+class Factor(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.linear, self.by = nn.Linear(8, 3), by
+
+    def forward(self, x):
+        return self.by * self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((Permuted([0, 1, 2]), Permuted([2, 0, 1])), "'order' differs and is no floating-point tensor"),
+        ((Factor(1.0), Factor(1.01)), "code or attributes differ"),
+    ],
+)
+def test_ends_that_differ_in_more_than_weights_are_refused(ends, said):
+    with pytest.raises(MismatchError, match=said):
+        ss.scan(*(end.eval() for end in ends), loader(), progress=False)
+    scan_of_one = [ends[0].eval(), type(ends[0])(getattr(ends[0], "by", [0, 1, 2])).eval()]
+    ss.scan(*scan_of_one, loader(), alphas=2, measures=["directional"], progress=False)
+
+
+def test_autocast_around_a_scan_changes_nothing():
+    plain = scan(measures=["trace", "m_sharpness_average"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = scan(measures=["trace", "m_sharpness_average"])
+        assert torch.is_autocast_enabled("cpu")
+        verified = ss.verify(network(0), loader())
+    assert mixed.layers.equals(plain.layers)
+    assert mixed.evals.equals(plain.evals)
+    assert verified.equals(ss.verify(network(0), loader()))
+
+
+def test_inference_mode_is_refused_and_what_was_made_in_it():
+    data = loader()
+    with torch.inference_mode():
+        made = network(0)
+        for called in (scan, lambda: ss.verify(network(0), data), lambda: criticality(made, made, data)):
+            with pytest.raises(UsageError, match="inference_mode"):
+                called()
+    with pytest.raises(ModelError, match=r"the zero-shot model was made in torch\.inference_mode.*'0\.weight'"):
+        ss.scan(made, network(1), data, progress=False)
+    ss.scan(deepcopy(made), network(1), data, alphas=2, measures=["directional"], progress=False)
+
+
+# --- what a scan cost
+
+
+def test_the_cost_is_that_of_all_cells_however_often_the_scan_is_run(tmp_path):
+    first = scan(out=tmp_path)
+    again = scan(out=tmp_path)
+    assert again == first == ss.open(tmp_path)
+    assert again.meta["cost"] == first.meta["cost"]
+    assert "cells_found_before" not in first.meta["cost"]
+    more = scan(out=tmp_path, ood={}, interventions=True)
+    for name in ("gradients", "seconds"):
+        assert more.meta["cost"][name] >= first.meta["cost"][name]
+
+
+def test_after_an_interruption_the_cost_says_how_many_cells_it_leaves_out(tmp_path):
+    whole = scan(out=tmp_path)
+    (tmp_path / "scan.json").unlink()
+    lines = (tmp_path / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cells.jsonl").write_bytes(b"".join(lines[:3]))  # the header and two cells
+    resumed = scan(out=tmp_path)
+    assert resumed.layers.equals(whole.layers)
+    assert resumed.meta["cost"]["cells_found_before"] == 2
+    assert scan(out=tmp_path).meta["cost"] == resumed.meta["cost"]
