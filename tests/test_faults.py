@@ -451,7 +451,7 @@ def test_the_order_of_measures_and_sets_is_no_part_of_the_plan(tmp_path):
     sets = {"far": loader(9), "near": loader(6)}
     first = poles(alphas=[0, 1], ood=sets, out=tmp_path)
     other = poles(alphas=[0, 1], ood=dict(reversed(sets.items())), measures=["lambda_max", "trace"], out=tmp_path)
-    assert other.meta["cost"].keys() == {"seconds", "processes"}  # nothing was measured
+    assert other.meta["cost"] == first.meta["cost"]  # nothing was measured
     assert {cell.key: cell for cell in other.cells} == {cell.key: cell for cell in first.cells}
 
 
