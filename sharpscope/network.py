@@ -21,7 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Network:
-    """A module in evaluation mode: its forward as a function, its parameters and its buffers, both detached."""
+    """A module in evaluation mode: its forward as a function, its parameters and copies of its buffers, detached."""
 
     module: nn.Module
     parameters: Tree
@@ -107,7 +107,8 @@ def network(module: nn.Module, role: str) -> Network:
             f"{role} has {floating[half].dtype} weights ({half!r}); curvature in half precision is noise",
             "model.float(), or load it with sharpscope.load",
         )
-    return Network(module, floating, {n: b.detach() for n, b in module.named_buffers()})
+    # Copies: a forward may count in a buffer.
+    return Network(module, floating, {n: b.detach().clone() for n, b in module.named_buffers()})
 
 
 def _is_inference(tensor: object) -> bool:

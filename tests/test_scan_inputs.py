@@ -301,6 +301,24 @@ def test_ends_that_differ_in_more_than_weights_are_refused(ends, said):
     ss.scan(*scan_of_one, loader(), alphas=2, measures=["directional"], progress=False)
 
 
+class Counting(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.body = network(seed)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.body(x)
+
+
+def test_a_buffer_that_a_forward_writes_to_stays_as_it_was():
+    models = [Counting(seed).eval() for seed in (0, 1)]
+    ss.scan(*models, loader(), alphas=2, measures=["directional"], progress=False)
+    ss.verify(models[0], loader())
+    assert [model.calls.item() for model in models] == [0, 0]
+
+
 def test_autocast_around_a_scan_changes_nothing():
     plain = scan(measures=["trace", "m_sharpness_average"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
