@@ -215,7 +215,7 @@ def merge_plan(
     check_configurations(zero_shot, fine_tuned)
     whole = {key: name for key, name in zero_shot.names.items() if zero_shot.spec(key).dtype.is_floating_point}
     names = {key: whole[partner] for key, partner in partners.items() if partner in whole}
-    homes = layers_of(names, whole.values(), granularity, scanned)
+    homes = layers_of(names, whole.values(), granularity, scanned, uniform=len(recipe.rules) == 1)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
     homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
     plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)
