@@ -10,7 +10,12 @@ from sharpscope.errors import MismatchError, ModelError
 from sharpscope.models.transfer import lone_tower, may_be_absent, own_names
 from sharpscope.models.weights import Weights
 
+_NOT_SHARED = "the models do not share an architecture: "
 _ONE = "two checkpoints of one architecture, saved by the same library"
+_RENAMED = (
+    "save both in one way; transformers' save_pretrained may write other names than the state dict has in memory: "
+    "sharpscope.load(FILE, like=sharpscope.load(DIR)).network.save_pretrained(NEW_DIR)"
+)
 
 
 def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
@@ -31,11 +36,12 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith("position_ids"))
     if odd:
         culprit = zero_shot if odd[0] not in place else fine_tuned
+        alike = _shapes(zero_shot) == _shapes(fine_tuned)
         raise MismatchError(
-            "the models do not share an architecture: "
-            f"{len(place)} tensors in {zero_shot.root}, {len(whole)} in {fine_tuned.root}; "
+            ("the models have tensors of the same shapes, by other names: " if alike else _NOT_SHARED)
+            + f"{len(place)} tensors in {zero_shot.root}, {len(whole)} in {fine_tuned.root}; "
             f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
-            _way_out(odd),
+            _way_out(odd, alike),
         )
     found = {key: place[whole[name]] for key, name in fine_tuned.names.items() if whole[name] in place}
     for key, partner in found.items():
@@ -49,10 +55,14 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     return found
 
 
-def _way_out(odd: Sequence[str]) -> str:
+def _shapes(weights: Weights) -> list[tuple[int, ...]]:
+    return sorted(weights.spec(key).shape for key in weights.keys)
+
+
+def _way_out(odd: Sequence[str], alike: bool) -> str:
     if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
         return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
-    return _ONE
+    return _RENAMED if alike else _ONE
 
 
 # Settings that change the function and no shape: weights of one load silently into the other.
