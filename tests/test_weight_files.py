@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+import clips
 import pytest
 import torch
 from safetensors.torch import load_file
-from saved import family, pixels, vit
+from saved import family, moved, pixels, vit
+from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
 import sharpscope as ss
 from sharpscope.cli import app
 from sharpscope.errors import MismatchError, ModelError
-from sharpscope.merging import merge
+from sharpscope.merging import merge, scanned_plan, write_plan
 from sharpscope.models import load, load_pair
+from sharpscope.recipe import Recipe
 
 # --- names on disk, and those in memory
 
@@ -84,3 +90,85 @@ def test_a_merge_of_names_on_disk_with_names_in_memory_says_what_makes_them_alik
     found, expected = stored(tmp_path / "m"), stored(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+# --- wrappers
+
+
+class Own(torch.nn.Module):
+    """A module of one's own whose weights all have a name that wrappers give, too."""
+
+    def __init__(self, inside):
+        super().__init__()
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(
+            *(torch.nn.Conv2d(3, 4, 4, 4), torch.nn.BatchNorm2d(4), torch.nn.GELU()),
+            *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)),
+        )
+        for name in reversed(inside.split(".")[1:]):
+            body = torch.nn.ModuleDict({name: body})
+        self.inside = inside
+        self.add_module(inside.split(".")[0], body)
+
+    def forward(self, x):
+        return self.get_submodule(self.inside)(x)
+
+
+INSIDES = ("backbone", "model", "clip", "module", "model.backbone")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of functions that make such networks."""
+    makers = "".join(f"def {name.replace('.', '_')}(): return Own({name!r}).eval()\n" for name in INSIDES)
+    (tmp_path / "own_insides.py").write_text(f"from test_weight_files import Own\n{makers}")
+    monkeypatch.chdir(tmp_path)
+    yield lambda inside: f"py:own_insides:{inside.replace('.', '_')}"
+    sys.modules.pop("own_insides", None)
+
+
+@pytest.mark.parametrize("around", ["", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("inside", INSIDES)
+def test_a_prefix_that_is_the_networks_own_is_left_on_the_names(own, tmp_path, inside, around):
+    end = moved(Own(inside))
+    torch.save({f"{around}{key}": tensor for key, tensor in end.state_dict().items()}, tmp_path / "ft.pt")
+    found = load(tmp_path / "ft.pt", like=load(own(inside)))
+    assert all(torch.equal(tensor, end.state_dict()[key]) for key, tensor in found.network.state_dict().items())
+
+
+def test_of_such_a_network_a_scan_is_merged_in_its_layers(own, tmp_path):
+    for name, network in (("zs", Own("backbone").eval()), ("ft", moved(Own("backbone")).eval())):
+        torch.save(network.state_dict(), tmp_path / f"{name}.pt")
+    like = load(own("backbone"))
+    ends = [load(tmp_path / f"{name}.pt", like=like) for name in ("zs", "ft")]
+    data = ss.Split([(pixels(16, 6), torch.arange(6) % 3)], "id")
+    result = ss.scan(*ends, data, alphas=[0.5], measures=[], progress=False)
+    plan = scanned_plan(result.meta, Recipe((("backbone.5", 0.0), ("*", 1.0))))
+    write_plan(plan, tmp_path / "m.pt")
+    found, start, end = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("m", "zs", "ft"))
+    assert all(torch.equal(found[key], (start if ".5." in key else end)[key]) for key in end)
+
+
+@pytest.mark.parametrize("inside", ["backbone", "plain"])
+def test_an_averaged_model_of_torch_is_the_model_that_it_averages(own, tmp_path, inside):
+    """Loaded, and merged with plain weights and with others that were averaged more often."""
+    if inside == "plain":
+        like, networks = load(clips.save(tmp_path / "base", clips.network())), [clips.network(), moved(clips.network())]
+    else:
+        like, networks = load(own(inside)), [Own(inside), moved(Own(inside))]
+    start, end = (AveragedModel(network) for network in networks)
+    end.n_averaged += 7
+    torch.save(networks[0].state_dict(), tmp_path / "zs.pt")
+    torch.save(start.state_dict(), tmp_path / "zs_swa.pt")
+    torch.save(end.state_dict(), tmp_path / "ft.pt")
+    found = load(tmp_path / "ft.pt", like=like).network.state_dict()
+    assert all(torch.equal(tensor, networks[1].state_dict()[key]) for key, tensor in found.items())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* are batch-norm statistics")
+        for first in ("zs", "zs_swa"):
+            merge(tmp_path / f"{first}.pt", tmp_path / "ft.pt", 0.5, tmp_path / f"{first}_m.pt")
+    merged = [torch.load(tmp_path / f"{first}_m.pt", weights_only=True) for first in ("zs", "zs_swa")]
+    for key, tensor in networks[0].state_dict().items():
+        expected = torch.lerp(tensor, found[key], 0.5) if tensor.is_floating_point() else found[key]
+        assert all(torch.equal(middle[f"module.{key}"], expected) for middle in merged), key
+    assert all(middle["n_averaged"] == 7 for middle in merged)

@@ -9,6 +9,7 @@ from typing import Any
 from sharpscope.errors import MismatchError, ModelError
 from sharpscope.models.transfer import lone_tower, may_be_absent, own_names
 from sharpscope.models.weights import Weights
+from sharpscope.models.wrappers import AVERAGED
 
 _NOT_SHARED = "the models do not share an architecture: "
 _ONE = "two checkpoints of one architecture, saved by the same library"
@@ -32,8 +33,9 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     whole = {stored: name for name, stored in own_names(place, fine_tuned.names.values()).items()}
     tower = lone_tower(whole.values()) if lone_tower(place) is None else None
     besides = may_be_absent(place, tower) if tower else set()  # stays that of the zero-shot model
-    # Older versions of transformers saved these indices, newer ones make them.
-    odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith("position_ids"))
+    # Older versions of transformers saved these indices, newer ones make them; one end alone may be an average.
+    may_differ = ("position_ids", AVERAGED)
+    odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith(may_differ))
     if odd:
         culprit = zero_shot if odd[0] not in place else fine_tuned
         alike = _shapes(zero_shot) == _shapes(fine_tuned)

@@ -16,6 +16,7 @@ from sharpscope.models.library import ClipLibrary, module_facts, plain
 from sharpscope.models.reference import FORMS, Reference, parsed
 from sharpscope.models.templates import DEFAULT, checked_templates
 from sharpscope.models.tensors import Tensors, read_tensors, stored_head, without_head
+from sharpscope.models.transfer import lacking
 
 Model = ClipModel | LogitsModel
 _NEEDS_MODEL = "give the architecture: sharpscope.load(FILE, like=MODEL), or oc:NAME/FILE, timm:NAME/FILE"
@@ -43,7 +44,8 @@ class WeightsOnly:
                     f"{fact} is {known[fact]!r} in {model.name} but {value!r} in {self.name}",
                     "a checkpoint and its fine-tuned self, saved with the same configuration",
                 )
-        return model.with_tensors(self.name, self.tensors, where=self.where.resolve(), convert=convert)
+        tensors = self.tensors.like(lacking(model.network, ()))
+        return model.with_tensors(self.name, tensors, where=self.where.resolve(), convert=convert)
 
     @property
     def network(self) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sharpscope.models.weights import Weights, weights_at
-from sharpscope.models.wrappers import HEAD
+from sharpscope.models.wrappers import HEAD, peeled
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -28,6 +28,16 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights.tensor(self._keys[name])
+
+    def like(self, own: Collection[str]) -> Mapping[str, Tensor]:
+        """Return the tensors with no more taken off their names than these, of a network, ask for.
+
+        A module of one's own may itself have all its weights in a ``backbone.`` or ``model.``.
+        """
+        for names in peeled(self._weights.keys):
+            if set(own) <= set(names.values()):
+                return Renamed(self, {name: self._weights.names[key] for key, name in names.items()})
+        return self
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor without reading it."""

@@ -15,7 +15,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALF)
 _POSITIONS = re.compile(r"pos(itional|ition)?_?emb")
 _DROPPED = re.compile(
-    r"(^|\.)(position_ids|num_batches_tracked|attn_mask)$|^(input_resolution|context_length|vocab_size)$"
+    r"(^|\.)(position_ids|num_batches_tracked|n_averaged|attn_mask)$|^(input_resolution|context_length|vocab_size)$"
 )
 _LIBRARIES = (
     ("transformers", r"^(vision_model|text_model)\.", "vision_model.encoder.layers.*, q_proj/k_proj/v_proj"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from sharpscope.errors import ModelError
@@ -12,6 +12,7 @@ _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  #
 # ... and these before every name.
 _BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.", "clip_model.", "clip.", "backbone.")
 HEAD = "classification_head."  # WiSE-FT keeps it beside the model that it wraps
+AVERAGED = "n_averaged"  # how many weights torch's AveragedModel has averaged, beside the model that it wraps
 
 
 def unwrapped(stored: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
@@ -23,9 +24,9 @@ def unwrapped(stored: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, 
 
 
 def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return key -> name without what wrappers (DDP, FSDP, compile, PEFT, WiSE-FT) put before and into it.
+    """Return key -> name without what wrappers (DDP, FSDP, compile, PEFT, WiSE-FT, SWA) put before and into it.
 
-    A prefix is taken off only if every key has it, a WiSE-FT head apart.
+    A prefix is taken off only if every key has it, a WiSE-FT head and a counter of averages apart.
 
     Raises
     ------
@@ -37,9 +38,7 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
     'visual.proj'
     """
-    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
-    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    *_, names = peeled(keys)
     seen: dict[str, str] = {}
     for key, name in names.items():
         if name in seen:
@@ -48,8 +47,19 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def peeled(keys: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yield key -> name, first as it is, then without one after the other of what wrappers put around it."""
+    names = {key: key for key in keys}
+    yield names
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in names}
+    yield names
+    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        yield names
+
+
 def _on_all(prefix: str, names: Collection[str]) -> bool:
-    inside = [name for name in names if not name.startswith(HEAD)]
+    inside = [name for name in names if not name.startswith(HEAD) and name != AVERAGED]
     return bool(inside) and all(name.startswith(prefix) for name in inside)
 
 
