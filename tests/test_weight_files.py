@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 
 import clips
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved import family, moved, pixels, vit
 from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
@@ -172,3 +174,102 @@ def test_an_averaged_model_of_torch_is_the_model_that_it_averages(own, tmp_path,
         expected = torch.lerp(tensor, found[key], 0.5) if tensor.is_floating_point() else found[key]
         assert all(torch.equal(middle[f"module.{key}"], expected) for middle in merged), key
     assert all(middle["n_averaged"] == 7 for middle in merged)
+
+
+# --- beside other things
+
+
+def lightning(weights):
+    """As Lightning saves a training module that holds the network and a loss with weights."""
+    return {f"model.{key}": tensor for key, tensor in weights.items()} | {"criterion.weight": torch.ones(3)}
+
+
+def put(file, weights):
+    if file.suffix == ".safetensors":
+        save_file(weights, file)
+    else:
+        torch.save({"state_dict": weights, "epoch": 3}, file)
+
+
+def done(line, folder, monkeypatch):
+    """Do what the way out says; the new file."""
+    monkeypatch.chdir(folder)
+    exec(line, {"torch": torch, "safetensors": safetensors})
+    return next(folder.glob("NEW.*"))
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("named", ["state_dict", "model._orig_mod"])
+def test_a_network_inside_of_a_training_module_is_found_and_the_line_that_takes_it_out_is_given(
+    tmp_path, monkeypatch, ending, named
+):
+    base, end = clips.save(tmp_path / "base", clips.network()), moved(clips.network()).state_dict()
+    inside = {f"_orig_mod.{key}": tensor for key, tensor in end.items()} if "_orig" in named else end
+    put(tmp_path / f"ft.{ending}", lightning(inside))
+    said = rf"ft.{ending} holds the weights under 'model\.', and besides criterion\.weight\n  fix: "
+    with pytest.raises(ModelError, match=said) as caught:
+        load_pair(base, tmp_path / f"ft.{ending}")
+    with pytest.raises(MismatchError, match=said) as other:
+        merge(base, tmp_path / f"ft.{ending}", 0.5, tmp_path / f"m.{ending}")
+    assert other.value.fix == caught.value.fix
+    new = done(caught.value.fix, tmp_path, monkeypatch)
+    found = load_pair(base, new)[1].network.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in end.items())
+    merge(base, new, 0.5, tmp_path / f"m{new.suffix}")
+
+
+def test_of_two_networks_in_one_file_both_are_named(tmp_path):
+    like, end = load(clips.save(tmp_path / "base", clips.network())), clips.network().state_dict()
+    torch.save({f"{who}.{key}": t for who in ("student", "teacher") for key, t in end.items()}, tmp_path / "ft.pt")
+    with pytest.raises(
+        ModelError, match=r"ft.pt holds the weights under 'student\.' and under 'teacher\.'\n.*'student"
+    ):
+        load(tmp_path / "ft.pt", like=like)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "model_state"])
+def test_state_dicts_under_other_keys_are_named_with_the_line_that_takes_one_out(tmp_path, monkeypatch, key):
+    base, end = clips.save(tmp_path / "base", clips.network()), moved(clips.network()).state_dict()
+    torch.save({key: end, "epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}}, tmp_path / "ft.pt")
+    with pytest.raises(
+        ModelError, match=rf"ft.pt holds state dicts under '{key}', and none under state_dict, "
+    ) as caught:
+        load(tmp_path / "ft.pt")
+    found = load_pair(base, done(caught.value.fix, tmp_path, monkeypatch))[1].network.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in end.items())
+
+
+@pytest.mark.parametrize("besides", [{}, {"args": argparse.Namespace(lr=0.1)}], ids=["plain", "namespace"])
+@pytest.mark.parametrize(("key", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_a_moving_average_that_is_left_aside_is_said_by_load_scan_and_merge(
+    tmp_path, monkeypatch, key, average, besides
+):
+    """As timm's CheckpointSaver and DeiT write it; the line that is given takes the average out."""
+    base, end = clips.save(tmp_path / "base", clips.network()), moved(clips.network()).state_dict()
+    ema = {f"module.{name}": tensor / 2 for name, tensor in end.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}
+    torch.save({key: end, average: ema, "optimizer": optimizer, "epoch": 3, **besides}, tmp_path / "ft.pt")
+    start, model = load_pair(base, tmp_path / "ft.pt")
+    assert all(torch.equal(model.network.state_dict()[name], tensor) for name, tensor in end.items())
+    said = (
+        f"ft.pt holds weights of the same network under {average}, too; those under {key} are used. To use the others: "
+    )
+    (note,) = model.notes
+    assert said in note
+    data = ss.Split([(pixels(16, 6), torch.arange(6) % 3)], "id", classes=["a", "b", "c"])
+    result = ss.scan(start, model, data, alphas=[0.5], measures=[], progress=False)
+    assert note in result.meta["warnings"]
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        merge(base, tmp_path / "ft.pt", 0.5, tmp_path / "m.pt")
+    assert note in [str(warning.message) for warning in warned]
+    line = note.split("the others: ")[1]
+    assert ("if you trust its source" in line) == bool(besides)
+    found = load_pair(base, done(line, tmp_path, monkeypatch))[1].network.state_dict()
+    assert all(torch.equal(found[name], tensor / 2) for name, tensor in end.items())
+
+
+def test_what_else_training_loops_put_beside_weights_is_no_average(tmp_path):
+    like, end = load(clips.save(tmp_path / "base", clips.network())), clips.network().state_dict()
+    head = {"head": {"weight": torch.ones(2)}, "queue": {"vectors": torch.ones(2, 3)}, "empty": {}, "seed": {"n": 1}}
+    torch.save({"state_dict": end, **head}, tmp_path / "ft.pt")
+    assert load(tmp_path / "ft.pt", like=like).notes == ()

@@ -37,6 +37,9 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     may_differ = ("position_ids", AVERAGED)
     odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith(may_differ))
     if odd:
+        deeper = fine_tuned.inside(place) or zero_shot.inside(whole.values())
+        if deeper:
+            raise MismatchError(*deeper)
         culprit = zero_shot if odd[0] not in place else fine_tuned
         alike = _shapes(zero_shot) == _shapes(fine_tuned)
         raise MismatchError(

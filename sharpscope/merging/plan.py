@@ -132,7 +132,8 @@ class MergePlan:
     @property
     def notes(self) -> list[str]:
         """What the result must be read with."""
-        return [*self.remarks, *self._casts(), *self._statistics(), *self._left_out()]
+        chosen = [*self.zero_shot.notes, *self.fine_tuned.notes]
+        return [*self.remarks, *chosen, *self._casts(), *self._statistics(), *self._left_out()]
 
     def _casts(self) -> Iterator[str]:
         kinds = {

@@ -158,7 +158,8 @@ def own_tensors(network: nn.Module, tensors: Mapping[str, Tensor], where: object
             problem = f"{where} cannot be put into a {kind.__name__}: {first_line(error)}"
             raise ModelError(problem, SHARED_FILES) from error
     if mismatched := sorted(info["mismatched_keys"]):
-        raise other_shape(*mismatched[0], where)
+        name, shape, own = mismatched[0]
+        raise other_shape(name, shape, own, where)
     _check_complete(where, info, kind.__name__)
     named: Mapping[str, Tensor] = found.state_dict()
     return named

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from sharpscope.errors import ModelError
 
 KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # a state dict stands under one of these, ...
@@ -38,12 +40,17 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
     'visual.proj'
     """
-    *_, names = peeled(keys)
+    names = _peeled_off(keys)
     seen: dict[str, str] = {}
     for key, name in names.items():
         if name in seen:
             raise ModelError(f"{seen[name]!r} and {key!r} are the same tensor {name!r}", "save it once")
         seen[name] = key
+    return names
+
+
+def _peeled_off(keys: Iterable[str]) -> dict[str, str]:
+    *_, names = peeled(keys)
     return names
 
 
@@ -61,6 +68,34 @@ def peeled(keys: Iterable[str]) -> Iterator[dict[str, str]]:
 def _on_all(prefix: str, names: Collection[str]) -> bool:
     inside = [name for name in names if not name.startswith(HEAD) and name != AVERAGED]
     return bool(inside) and all(name.startswith(prefix) for name in inside)
+
+
+def beneath(own: Collection[str], names: Collection[str]) -> list[str]:
+    """Return what stands before all names of a network where a file holds them beside other things.
+
+    >>> beneath(["conv.weight", "fc.weight"], ["criterion.weight", "model.conv.weight", "model.fc.weight"])
+    ['model.']
+    """
+    known, first = set(names), next(iter(own), "")
+    found = [name.removesuffix(first) for name in names if first and name.endswith(f".{first}")]
+    return [prefix for prefix in found if all(f"{prefix}{name}" in known for name in own)]
+
+
+def state_dicts(stored: Mapping[Any, Any]) -> dict[tuple[str, ...], Mapping[Any, Any]]:
+    """Return what holds tensors alone, numbers among them, by the keys that lead there."""
+    found = {}
+    for key, value in stored.items():
+        inner, path = unwrapped(value) if isinstance(value, dict) else ({}, ())
+        tensors = [tensor for tensor in inner.values() if isinstance(tensor, Tensor)]
+        if len(tensors) == len(inner) and any(tensor.is_floating_point() for tensor in tensors):
+            found[(key, *path)] = inner
+    return found
+
+
+def same_network(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Return whether two state dicts hold weights of one network, of which one may leave some out."""
+    one, other = (set(_peeled_off(map(str, keys)).values()) for keys in (first, second))
+    return one <= other or other <= one
 
 
 def unmerged(names: Iterable[str]) -> str | None:
