@@ -17,6 +17,7 @@ from sharpscope.measures import Trace
 from sharpscope.models import load_pair
 from sharpscope.models.compatibility import pair
 from sharpscope.network import logits
+from sharpscope.recipe import CONVENTION
 
 
 def check_logits(saved: Saved) -> None:
@@ -83,3 +84,27 @@ def check_merge(saved: Saved, out: Path) -> None:
     for name, tensor in found.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, (start[name] + end[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def check_scanned_merge(saved: Saved, root: Path) -> None:
+    """Of a scan, too, each tensor gets the alpha of its layer, whatever name it has on disk; so does the function."""
+    ends = load_pair(saved.zero_shot, saved.fine_tuned)
+    data = Split([(pixels(saved.side, 6), torch.arange(6) % 3)], "id", classes=CLASSES)
+    ss.scan(*ends, data, alphas=[0.5], measures=[], progress=False).save(root / "scan")
+    rules = [["visual.block.01", 0.25], ["*", 0.5]]
+    (root / "r.toml").write_text(f'alpha_convention = "{CONVENTION}"\nrules = {rules}')
+    for recipe, out in (("0.5", "uniform"), (str(root / "r.toml"), "layers")):
+        said = [*merged(prepared(Request(recipe, folder=str(root / "scan"))), str(root / out))]
+        assert said[1].startswith("loaded again: "), said
+        found = load_pair(saved.zero_shot, str(root / out))[1].network
+        between = {}
+        start, end = (model.network.state_dict() for model in ends)
+        for layer, names in ss.layers(ends[0]).layers.items():
+            alpha = 0.25 if (layer, out) == ("visual.block.01", "layers") else 0.5
+            between |= {name: torch.lerp(start[name], end[name], alpha) for name in names}
+        for name, tensor in between.items():
+            torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+        if saved.own_head:  # of a CLIP the scan mixes the heads
+            with torch.no_grad():
+                expected = torch.func.functional_call(ends[0].network, between, (pixels(saved.side),))
+                torch.testing.assert_close(logits(found(pixels(saved.side))), logits(expected), rtol=0, atol=1e-5)

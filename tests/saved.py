@@ -18,6 +18,11 @@ from torch import Tensor
 CLASSES = ("red", "green", "blue car")
 
 
+_LABELS = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+_PIXELS = {"image_size": clips.SIDE, "patch_size": 8}
+
+
 @dataclass(frozen=True)
 class Saved:
     """Two ends of a path on disk.
@@ -150,9 +155,7 @@ def vit(root: Path, *, old: bool = False) -> Saved:
     """ViTForImageClassification; old: the names that transformers 4 gave its tensors."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    words = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
-    config = ViTConfig(**tower, image_size=clips.SIDE, patch_size=8, **words)
+    config = ViTConfig(**_TOWER, **_PIXELS, **_LABELS)
 
     def made() -> Any:
         torch.manual_seed(0)
@@ -211,6 +214,40 @@ def clip_classifier(root: Path) -> Saved:
     )
 
 
+# Families that transformers 5 saves under other names than it computes with, as it does ViT.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "DeiT": _TOWER | _PIXELS,
+    "Dinov2": _TOWER | _PIXELS,
+    "Beit": _TOWER | _PIXELS,
+    "Swin": {
+        **{"image_size": clips.SIDE, "patch_size": 2, "embed_dim": 8, "window_size": 2},
+        **{"depths": [1, 1], "num_heads": [2, 2]},
+    },
+    "Segformer": {
+        **{"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]},
+        **{"sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]},
+    },
+}
+
+
+def family(root: Path, name: str) -> Saved:
+    """An image classifier of one of these families."""
+    import transformers
+
+    kind = getattr(transformers, f"{name}ForImageClassification")
+    config = getattr(transformers, f"{name}Config")(**FAMILIES[name], **_LABELS)
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return moved(kind(config).eval(), seed=5, by=2.0)
+
+    for end, model in (("base", made()), ("tuned", moved(made()))):
+        _quietly(model, root / end)
+    return Saved(
+        str(root / "base"), str(root / "tuned"), lambda images: made()(images).logits, _strictly(kind), own_head=True
+    )
+
+
 # Name -> function of a folder; tests of merging and others can go through the same models.
 KINDS: dict[str, Callable[[Path], Saved]] = {
     "transformers CLIP": clip,
@@ -224,4 +261,5 @@ KINDS: dict[str, Callable[[Path], Saved]] = {
     "transformers ViT": vit,
     "transformers ViT, old files": lambda root: vit(root, old=True),
     "transformers CLIP classifier": clip_classifier,
+    "transformers DeiT": lambda root: family(root, "DeiT"),
 }

@@ -13,6 +13,7 @@ import torch
 from nets import Vit, images
 from safetensors.torch import load_file
 from saved import CLASSES, KINDS
+from saved import family as saved_family
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
@@ -20,7 +21,8 @@ import sharpscope.commands.report as report
 from sharpscope import config
 from sharpscope.config import FILE
 from sharpscope.errors import MismatchError, ModelError, UsageError
-from sharpscope.models import load_pair
+from sharpscope.merging import merge_plan, read_weights
+from sharpscope.models import load, load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
@@ -298,11 +300,31 @@ def test_modules_in_memory_need_their_files_and_the_right_ones(modules):
 
 
 def test_a_checkpoint_that_lacks_a_scanned_tensor_is_refused(world):
-    from sharpscope.merging import merge_plan, read_weights
-
     ends = read_weights(world / "base"), read_weights(world / "tuned")
     with pytest.raises(MismatchError, match=r"lacks 'extra.weight', which the scan had in layer 'extra'"):
-        merge_plan(*ends, Recipe.uniform(0.5), scanned={"extra": ["extra.weight"]})
+        merge_plan(*ends, Recipe((("extra", 0.0), ("*", 0.5))), scanned={"extra": ["extra.weight"]})
+
+
+@pytest.mark.filterwarnings("ignore:.*is no known part of a transformer block")
+@pytest.mark.parametrize("family", ["DeiT", "Dinov2", "Beit", "Swin", "Segformer"])
+def test_layers_of_a_scan_are_found_under_the_names_on_disk(family, tmp_path):
+    saved = saved_family(tmp_path, family)
+    ends, memory = read_weights(saved.zero_shot), load(saved.zero_shot)
+    assert not set(ends.keys) >= set(memory.network.state_dict())  # else this tests nothing
+    for granularity in ("tower", "block", "part"):
+        layers = ss.layers(memory, granularity).layers
+        first = next(iter(layers))
+        settings = {"granularity": granularity, "scanned": layers}
+        assert set(merge_plan(ends, ends, Recipe.uniform(0.5), **settings).alphas.values()) == {0.5}
+        recipe = Recipe(((first, 0.0), ("*", 0.5)))
+        if (family, granularity) == ("Segformer", "part"):  # no rules for it: modules that are renamed
+            with pytest.raises(MismatchError, match=r"by the names on disk its layers are others\n.*one alpha for all"):
+                merge_plan(ends, ends, recipe, **settings)
+            continue
+        plan = merge_plan(ends, ends, recipe, **settings)
+        assert {line.layer: (line.alpha, line.tensors) for line in plan.lines() if line.layer != "integers"} == {
+            layer: (0.5 if layer != first else 0.0, len(names)) for layer, names in layers.items()
+        }
 
 
 def test_a_recommendation_without_a_scan_says_so(world):

@@ -30,3 +30,8 @@ def test_with_both_towers_the_text_layers_are_measured_too(saved):
 
 def test_a_merge_loads_again_in_the_library_without_a_key_too_many_or_too_few(saved, tmp_path):
     matrix.check_merge(saved, tmp_path / "merged")
+
+
+@pytest.mark.filterwarnings("ignore:the text towers are mixed")
+def test_a_merge_of_a_scan_gives_each_tensor_the_alpha_of_its_layer(saved, tmp_path):
+    matrix.check_scanned_merge(saved, tmp_path)

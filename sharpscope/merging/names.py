@@ -29,6 +29,8 @@ def layers_of(
     whole: Collection[str],
     granularity: Granularity,
     scanned: Mapping[str, Sequence[str]] | None = None,
+    *,
+    uniform: bool = False,
 ) -> dict[str, str]:
     """Return key -> layer id, in depth order.
 
@@ -41,7 +43,10 @@ def layers_of(
     granularity
         See :func:`sharpscope.partition.partition`.
     scanned
-        Layer -> names as a scan had them; what was not on its path (a text tower) falls to the rules.
+        Layer -> names as a scan had them; what was not on its path (a text tower) falls to the rules, and so does all
+        that has another name on disk, where these come to the layers of the scan.
+    uniform
+        All layers get one alpha, so that those of the scan need not be found.
 
     Raises
     ------
@@ -56,15 +61,26 @@ def layers_of(
     present = {*names, *whole}
     made = any(layer.partition(".")[0] == "text" for layer in by_rule.values())  # of the text tower: the head
     lost = [n for n in by_scan if n not in present and bare[n] not in present and not (made and n.startswith("head."))]
-    if lost:
+    if lost and not uniform and not _has_layers(found.layers, scanned or {}):
         raise MismatchError(
-            f"the checkpoint lacks {lost[0]!r}, which the scan had in layer {by_scan[lost[0]]!r}",
-            "merge the checkpoints that were scanned",
+            f"the checkpoint lacks {lost[0]!r}, which the scan had in layer {by_scan[lost[0]]!r}; "
+            "by the names on disk its layers are others",
+            "merge the checkpoints that were scanned, with one alpha for all layers if their library has other names "
+            "on disk than in memory; or without the scan: --zero-shot REF --fine-tuned REF --recipe FILE",
         )
     keys_of = {name: key for key, name in names.items()}
     return {
         keys_of[n]: by_scan.get(keys_of[n]) or by_bare.get(n) or layer for n, layer in by_rule.items() if n in keys_of
     }
+
+
+def _has_layers(found: Mapping[str, Sequence[str]], scanned: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether each layer of a scan is found, with as many tensors or, on disk, buffers besides.
+
+    transformers 5 computes with other names than it saves (``vit.layers.0`` is ``vit.encoder.layer.0`` on disk), and
+    the rules for names know both.
+    """
+    return all(len(names) <= len(found.get(layer, ())) for layer, names in scanned.items())
 
 
 def alphas_of(recipe: Recipe, layers: Collection[str]) -> dict[str, float]:

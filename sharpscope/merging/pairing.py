@@ -9,8 +9,14 @@ from typing import Any
 from sharpscope.errors import MismatchError, ModelError
 from sharpscope.models.transfer import lone_tower, may_be_absent, own_names
 from sharpscope.models.weights import Weights
+from sharpscope.models.wrappers import AVERAGED
 
+_NOT_SHARED = "the models do not share an architecture: "
 _ONE = "two checkpoints of one architecture, saved by the same library"
+_RENAMED = (
+    "save both in one way; transformers' save_pretrained may write other names than the state dict has in memory: "
+    "sharpscope.load(FILE, like=sharpscope.load(DIR)).network.save_pretrained(NEW_DIR)"
+)
 
 
 def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
@@ -27,15 +33,20 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     whole = {stored: name for name, stored in own_names(place, fine_tuned.names.values()).items()}
     tower = lone_tower(whole.values()) if lone_tower(place) is None else None
     besides = may_be_absent(place, tower) if tower else set()  # stays that of the zero-shot model
-    # Older versions of transformers saved these indices, newer ones make them.
-    odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith("position_ids"))
+    # Older versions of transformers saved these indices, newer ones make them; one end alone may be an average.
+    may_differ = ("position_ids", AVERAGED)
+    odd = sorted(n for n in (place.keys() ^ set(whole.values())) - besides if not n.endswith(may_differ))
     if odd:
+        deeper = fine_tuned.inside(place) or zero_shot.inside(whole.values())
+        if deeper:
+            raise MismatchError(*deeper)
         culprit = zero_shot if odd[0] not in place else fine_tuned
+        alike = _shapes(zero_shot) == _shapes(fine_tuned)
         raise MismatchError(
-            "the models do not share an architecture: "
-            f"{len(place)} tensors in {zero_shot.root}, {len(whole)} in {fine_tuned.root}; "
+            ("the models have tensors of the same shapes, by other names: " if alike else _NOT_SHARED)
+            + f"{len(place)} tensors in {zero_shot.root}, {len(whole)} in {fine_tuned.root}; "
             f"{odd[0]!r} is missing in {culprit.root} ({len(odd)} names differ)",
-            _way_out(odd),
+            _way_out(odd, alike),
         )
     found = {key: place[whole[name]] for key, name in fine_tuned.names.items() if whole[name] in place}
     for key, partner in found.items():
@@ -49,10 +60,14 @@ def partners_of(zero_shot: Weights, fine_tuned: Weights) -> dict[str, str]:
     return found
 
 
-def _way_out(odd: Sequence[str]) -> str:
+def _shapes(weights: Weights) -> list[tuple[int, ...]]:
+    return sorted(weights.spec(key).shape for key in weights.keys)
+
+
+def _way_out(odd: Sequence[str], alike: bool) -> str:
     if any(name.startswith("visual.") for name in odd) and any(name.startswith("vision_model.") for name in odd):
         return "one is open_clip's, the other transformers': sharpscope convert REF --to transformers --out FILE"
-    return _ONE
+    return _RENAMED if alike else _ONE
 
 
 # Settings that change the function and no shape: weights of one load silently into the other.

@@ -15,12 +15,13 @@ from sharpscope.merging.names import alphas_of, layers_of
 from sharpscope.merging.pairing import check_configurations, partners_of
 from sharpscope.models.weight_files import TorchFile
 from sharpscope.models.weights import Weights
+from sharpscope.models.wrappers import AVERAGED
 from sharpscope.partition import Granularity
 from sharpscope.path import mix
 from sharpscope.recipe import CONVENTION, Recipe
 
 BUFFERS = "integers"  # what counts and indexes is in no layer
-_COUNTER = "num_batches_tracked"
+_COUNTERS = ("num_batches_tracked", AVERAGED)
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ class MergePlan:
         return merged
 
     def _integers(self, key: str, start: Tensor, end: Tensor) -> Tensor:
-        """Return the fine-tuned model's; those of the zero-shot model must be the same, but for counters of batches."""
+        """Return the fine-tuned model's; those of the zero-shot model must be the same, but for counters."""
         if set(self.alphas.values()) in ({0.0}, {1.0}):
             return start if self._integers_from == 0.0 else end
-        if not key.endswith(_COUNTER) and not torch.equal(start, end):
+        if not key.endswith(_COUNTERS) and not torch.equal(start, end):
             raise MismatchError(
                 f"{key!r} holds {str(end.dtype).removeprefix('torch.')} that differ between the models: there is "
                 "nothing between them",
@@ -131,7 +132,8 @@ class MergePlan:
     @property
     def notes(self) -> list[str]:
         """What the result must be read with."""
-        return [*self.remarks, *self._casts(), *self._statistics(), *self._left_out()]
+        chosen = [*self.zero_shot.notes, *self.fine_tuned.notes]
+        return [*self.remarks, *chosen, *self._casts(), *self._statistics(), *self._left_out()]
 
     def _casts(self) -> Iterator[str]:
         kinds = {
@@ -215,7 +217,7 @@ def merge_plan(
     check_configurations(zero_shot, fine_tuned)
     whole = {key: name for key, name in zero_shot.names.items() if zero_shot.spec(key).dtype.is_floating_point}
     names = {key: whole[partner] for key, partner in partners.items() if partner in whole}
-    homes = layers_of(names, whole.values(), granularity, scanned)
+    homes = layers_of(names, whole.values(), granularity, scanned, uniform=len(recipe.rules) == 1)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
     homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
     plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)

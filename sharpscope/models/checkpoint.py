@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line, imported
-from sharpscope.models.tensors import Tensors, read_tensors
-from sharpscope.models.transfer import check_finite_weights
+from sharpscope.models.tensors import read_tensors
+from sharpscope.models.transfer import check_finite_weights, lacking, other_shape
 from sharpscope.models.weight_files import UNREADABLE, is_pickled_code
 
 __all__ = ["is_pickled_code", "read_config", "read_image_processor", "read_model", "read_tokenizer", "transformers"]
@@ -111,7 +114,8 @@ def read_model(where: str, kind: str) -> Any:
         If files are missing, damaged, pickled code, or do not hold every weight.
     """
     if Path(where).is_dir():
-        _check_whole_numbers(where, read_tensors(Path(where)))  # a missing shard, adapters and code are named there
+        stored = read_tensors(Path(where))  # a missing shard, adapters and code are named there
+        _check_whole_numbers(where, {name: stored.dtype(name) for name in stored})
     with quiet():
         try:
             model, info = getattr(transformers(), kind).from_pretrained(
@@ -125,10 +129,45 @@ def read_model(where: str, kind: str) -> Any:
     return model
 
 
-def _check_whole_numbers(where: str, tensors: Tensors) -> None:
+def own_tensors(network: nn.Module, tensors: Mapping[str, Tensor], where: object) -> Mapping[str, Tensor]:
+    """Return the tensors of a file under the names that a network of transformers has for them in memory.
+
+    Version 5 saves other names than it computes with (``vit.encoder.layer.0`` for ``vit.layers.0``); the library itself
+    renames. Any other network, or names that are the network's own, are left as they are.
+
+    Raises
+    ------
+    ModelError
+        If the library misses a weight or finds one too many.
+    MismatchError
+        If a shape is another one.
+    """
+    if "transformers" not in sys.modules or not lacking(network, tensors):
+        return tensors
+    if not isinstance(network, transformers().PreTrainedModel):
+        return tensors
+    kind, config = type(network), deepcopy(network.config)
+    config.dtype = torch.float32  # else that of the checkpoint which the network came from
+    stored = dict(tensors)
+    _check_whole_numbers(where, {name: tensor.dtype for name, tensor in stored.items()})
+    options = {"state_dict": stored, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet():
+        try:
+            found, info = kind.from_pretrained(None, config=config, **options)
+        except UNREADABLE as error:
+            problem = f"{where} cannot be put into a {kind.__name__}: {first_line(error)}"
+            raise ModelError(problem, SHARED_FILES) from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, shape, own = mismatched[0]
+        raise other_shape(name, shape, own, where)
+    _check_complete(where, info, kind.__name__)
+    named: Mapping[str, Tensor] = found.state_dict()
+    return named
+
+
+def _check_whole_numbers(where: object, dtypes: Mapping[str, torch.dtype]) -> None:
     """Raise if a weight has one byte: transformers casts it without its scale, to other weights."""
-    for name in tensors:
-        dtype = tensors.dtype(name)
+    for name, dtype in dtypes.items():
         if dtype.itemsize == 1 and dtype != torch.bool:
             raise ModelError(
                 f"{where}: {name!r} is {dtype}, not a floating-point number of 16 bits or more",
@@ -136,7 +175,7 @@ def _check_whole_numbers(where: str, tensors: Tensors) -> None:
             )
 
 
-def _check_complete(where: str, info: dict[str, Any], kind: str) -> None:
+def _check_complete(where: object, info: dict[str, Any], kind: str) -> None:
     """Raise if a weight was made up: transformers fills what it does not find with random numbers."""
     # A set of names in transformers 5, a list before; a mismatch is a tuple that starts with the name.
     absent = sorted(info["missing_keys"]) + sorted(str(item) for item in info["mismatched_keys"])

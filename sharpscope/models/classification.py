@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpscope.errors import DataError, UsageError
+from sharpscope.models.checkpoint import own_tensors
 from sharpscope.models.library import module_facts
 from sharpscope.models.transfer import check_same_library, load_into
 
@@ -96,7 +97,7 @@ class LogitsModel:
             raise UsageError("convert is for CLIPs of open_clip and transformers", "leave it out")
         network = deepcopy(self.network)
         check_same_library(network.state_dict(), tensors, (self.name, name))
-        load_into(network, tensors, where or name)
+        load_into(network, own_tensors(network, tensors, where or name), where or name)
         return LogitsModel(
             name,
             network,

@@ -15,7 +15,8 @@ from sharpscope.models.clip import ClipModel
 from sharpscope.models.library import ClipLibrary, module_facts, plain
 from sharpscope.models.reference import FORMS, Reference, parsed
 from sharpscope.models.templates import DEFAULT, checked_templates
-from sharpscope.models.tensors import Tensors, read_tensors, stored_head, without_head
+from sharpscope.models.tensors import Tensors, read_tensors, stored_head
+from sharpscope.models.transfer import lacking
 
 Model = ClipModel | LogitsModel
 _NEEDS_MODEL = "give the architecture: sharpscope.load(FILE, like=MODEL), or oc:NAME/FILE, timm:NAME/FILE"
@@ -43,7 +44,10 @@ class WeightsOnly:
                     f"{fact} is {known[fact]!r} in {model.name} but {value!r} in {self.name}",
                     "a checkpoint and its fine-tuned self, saved with the same configuration",
                 )
-        return model.with_tensors(self.name, self.tensors, where=self.where.resolve(), convert=convert)
+        tensors = self.tensors.fitting(lacking(model.network, ()))
+        found = model.with_tensors(self.name, tensors, where=self.where.resolve(), convert=convert)
+        found.notes = (*found.notes, *self.tensors.notes)
+        return found
 
     @property
     def network(self) -> Any:
@@ -82,7 +86,8 @@ def load(
             a classifier of timm, likewise.
         ``FILE``
             ``.safetensors``, ``.pt``, ``.bin``: weights, put into the architecture of ``like``, or of the other model
-            of a scan. Wrappers (``state_dict``, ``module.``, compile, FSDP, WiSE-FT) are seen through.
+            of a scan. Wrappers (``state_dict``, ``module.``, compile, FSDP, SWA, WiSE-FT) are seen through; the model's
+            ``notes`` say if a moving average beside the weights was left aside.
         ``py:PACKAGE.MODULE:FUNCTION``
             a function that returns a module whose forward gives logits, or a module and a preprocessing.
     templates
@@ -128,7 +133,7 @@ def converted(model: Model, like: Model) -> Model:
 
     check_same_function(like, model)
     made = like.with_tensors(model.name, model.network.state_dict(), where=model.where, convert=True)
-    made.templates, made.stored_head = model.templates, model.stored_head
+    made.templates, made.stored_head, made.notes = model.templates, model.stored_head, model.notes
     return made
 
 
@@ -155,9 +160,8 @@ def _clip(
 ) -> ClipModel:
     head = None if tensors is None else stored_head(tensors)
     where = tensors.where if tensors is not None else reference.path
-    return ClipModel(
-        reference.text, library, templates, where=where.resolve() if where.exists() else None, stored_head=head
-    )
+    place, notes = where.resolve() if where.exists() else None, () if tensors is None else tensors.notes
+    return ClipModel(reference.text, library, templates, where=place, stored_head=head, notes=notes)
 
 
 def _directory(reference: Reference, templates: tuple[str, ...]) -> Any:
@@ -165,7 +169,7 @@ def _directory(reference: Reference, templates: tuple[str, ...]) -> Any:
     # LAION's repositories hold one model for both libraries; a hub id means transformers there, so a directory does.
     if (place / openclip.CONFIG).is_file() and (reference.weights == "oc" or "model_type" not in config):
         tensors = read_tensors(place, first="open_clip_")
-        return _clip(reference, openclip.read_directory(place, without_head(tensors)), templates, tensors)
+        return _clip(reference, openclip.read_directory(place, tensors), templates, tensors)
     if timm_model.is_timm(config):
         network, classes = timm_model.read_directory(place, read_tensors(place))
         return _timm(reference, network, place, classes)
@@ -239,7 +243,7 @@ def _open_clip(reference: Reference, templates: tuple[str, ...]) -> ClipModel:
     if reference.file is None:
         return _clip(reference, openclip.read_tag(reference.name, reference.weights), templates)
     tensors = read_tensors(reference.file)
-    library, lone = openclip.read_file(reference.name, without_head(tensors), reference.file)
+    library, lone = openclip.read_file(reference.name, tensors, reference.file)
     found = _clip(reference, library, templates, tensors)
     if lone and found.stored_head is None:
         raise ModelError(
@@ -251,8 +255,10 @@ def _open_clip(reference: Reference, templates: tuple[str, ...]) -> ClipModel:
 
 def _timm_name(reference: Reference, templates: tuple[str, ...]) -> LogitsModel:  # noqa: ARG001
     if reference.file is not None:
-        network = timm_model.read_file(reference.name, read_tensors(reference.file))
-        return _timm(reference, network, reference.file)
+        tensors = read_tensors(reference.file)
+        found = _timm(reference, timm_model.read_file(reference.name, tensors), reference.file)
+        found.notes = tensors.notes
+        return found
     if reference.weights:
         raise UsageError(f"{reference.text!r}: there is no file {reference.weights!r}", FORMS)
     return _timm(reference, timm_model.read_pretrained(reference.name), None)

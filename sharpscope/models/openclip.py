@@ -16,8 +16,16 @@ from torch import Tensor
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line, imported
 from sharpscope.models.library import module_facts, plain
-from sharpscope.models.tensors import Renamed
-from sharpscope.models.transfer import check_finite_weights, library_of, load_into, lone_tower, may_be_absent, of_tower
+from sharpscope.models.tensors import Renamed, Tensors, without_head
+from sharpscope.models.transfer import (
+    check_finite_weights,
+    lacking,
+    library_of,
+    load_into,
+    lone_tower,
+    may_be_absent,
+    of_tower,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -187,13 +195,13 @@ def read_tag(name: str, tag: str) -> OpenClip:
     return OpenClip(network.float().eval(), name)
 
 
-def read_file(name: str, tensors: Mapping[str, Tensor], where: Path) -> tuple[OpenClip, bool]:
+def read_file(name: str, tensors: Tensors, where: Path) -> tuple[OpenClip, bool]:
     """Return a model of a named configuration with these weights, and whether they held one of its towers only."""
     check_name(name)
     return _filled(_untrained(name, name), tensors, name, where)
 
 
-def read_directory(where: Path, tensors: Mapping[str, Tensor]) -> OpenClip:
+def read_directory(where: Path, tensors: Tensors) -> OpenClip:
     """Return the model of a directory with ``open_clip_config.json``; ``ModelError`` if it is damaged."""
     try:
         stored = json.loads((where / CONFIG).read_text(encoding="utf-8"))
@@ -205,8 +213,8 @@ def read_directory(where: Path, tensors: Mapping[str, Tensor]) -> OpenClip:
     return _filled(_untrained(config, where), tensors, config, where)[0]
 
 
-def _filled(network: Any, tensors: Mapping[str, Tensor], config: str, where: Path) -> tuple[OpenClip, bool]:
-    weights = as_own(tensors, network)
+def _filled(network: Any, tensors: Tensors, config: str, where: Path) -> tuple[OpenClip, bool]:
+    weights = as_own(without_head(tensors.fitting(lacking(network, ()))), network)
     tower = lone_tower(weights)
     if tower == "visual":  # what else is there is left over from a text tower
         weights = Renamed(weights, {name: name for name in of_tower(weights, tower)})

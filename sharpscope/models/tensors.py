@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sharpscope.errors import ModelError
 from sharpscope.models.weights import Weights, weights_at
-from sharpscope.models.wrappers import HEAD
+from sharpscope.models.wrappers import HEAD, peeled
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -28,6 +29,28 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights.tensor(self._keys[name])
+
+    def fitting(self, own: Collection[str]) -> Mapping[str, Tensor]:
+        """Return the tensors with no more taken off their names than these, of a network, ask for.
+
+        A module of one's own may itself have all its weights in a ``backbone.`` or ``model.``.
+
+        Raises
+        ------
+        ModelError
+            If they stand deeper, beside others: the network inside a training module.
+        """
+        for names in peeled(self._weights.keys):
+            if set(own) <= set(names.values()):
+                return Renamed(self, {name: self._weights.names[key] for key, name in names.items()})
+        if found := self._weights.inside(own):
+            raise ModelError(*found)
+        return self
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be said of the choice of these weights among others in the same file."""
+        return self._weights.notes
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor without reading it."""

@@ -14,7 +14,7 @@ from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line, imported
 from sharpscope.models.library import plain
 from sharpscope.models.tensors import Tensors
-from sharpscope.models.transfer import load_into
+from sharpscope.models.transfer import lacking, load_into
 
 _HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "head.l.weight")
 
@@ -50,7 +50,7 @@ def read_file(name: str, tensors: Tensors) -> nn.Module:
     """Return a model of a named architecture with these weights; the head tells the number of classes."""
     classes = next((len(tensors[head]) for head in _HEADS if head in tensors), 0)
     network = _made(name, pretrained=False, num_classes=classes)
-    load_into(network, tensors, tensors.where)
+    load_into(network, tensors.fitting(lacking(network, ())), tensors.where)
     return network
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, torch.float64, *_HALF)
 _POSITIONS = re.compile(r"pos(itional|ition)?_?emb")
 _DROPPED = re.compile(
-    r"(^|\.)(position_ids|num_batches_tracked|attn_mask)$|^(input_resolution|context_length|vocab_size)$"
+    r"(^|\.)(position_ids|num_batches_tracked|n_averaged|attn_mask)$|^(input_resolution|context_length|vocab_size)$"
 )
 _LIBRARIES = (
     ("transformers", r"^(vision_model|text_model)\.", "vision_model.encoder.layers.*, q_proj/k_proj/v_proj"),
@@ -90,6 +90,11 @@ def may_be_absent(names: Collection[str], tower: str | None) -> set[str]:
     return {name for name, place in (places(names) or {}).items() if place.tower != tower or place.kind == "proj"}
 
 
+def lacking(network: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the names of the network's tensors that are not among these, but for those that versions differ in."""
+    return [name for name in network.state_dict() if name not in names and not _DROPPED.search(name)]
+
+
 def load_into(
     network: nn.Module, tensors: Mapping[str, Tensor], where: object, *, optional: Collection[str] = ()
 ) -> None:
@@ -115,10 +120,10 @@ def load_into(
     """
     own = network.state_dict()
     kind = type(network).__name__
-    lacking = [name for name in own if name not in tensors and name not in optional and not _DROPPED.search(name)]
-    if lacking:
+    absent = [name for name in lacking(network, tensors) if name not in optional]
+    if absent:
         raise ModelError(
-            f"{where} lacks {len(lacking)} weights of a {kind} ({lacking[0]}, ...)",
+            f"{where} lacks {len(absent)} weights of a {kind} ({absent[0]}, ...)",
             "save the whole model, both towers: model.save_pretrained(DIR), or torch.save(model.state_dict(), FILE)",
         )
     besides = sorted(name for name in tensors if name not in own and not _DROPPED.search(name))
@@ -137,7 +142,7 @@ def _fitting(name: str, tensor: Tensor, target: Tensor, where: object) -> Tensor
     if tensor.numel() == target.numel() == 1:  # a scale is a number in one version, a vector of one in another
         tensor = tensor.reshape(target.shape)
     if tensor.shape != target.shape:
-        raise _other_shape(name, tensor, target, where)
+        raise other_shape(name, tensor.shape, target.shape, where)
     if target.is_floating_point():
         if tensor.dtype not in _FLOATS:
             raise ModelError(
@@ -148,8 +153,9 @@ def _fitting(name: str, tensor: Tensor, target: Tensor, where: object) -> Tensor
     return tensor
 
 
-def _other_shape(name: str, tensor: Tensor, target: Tensor, where: object) -> MismatchError:
-    found = f"{where}: {name!r} is {tuple(tensor.shape)}, the architecture has {tuple(target.shape)}"
+def other_shape(name: str, shape: Sequence[int], own: Sequence[int], where: object) -> MismatchError:
+    """Return the error of a tensor that has another shape than the network's own."""
+    found = f"{where}: {name!r} is {tuple(shape)}, the architecture has {tuple(own)}"
     if _POSITIONS.search(name):
         return MismatchError(
             f"{found}: it was trained at another image or text size, and resized position embeddings are no path",

@@ -6,6 +6,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sharpscope.errors import ModelError
 from sharpscope.models.installed import first_line
-from sharpscope.models.wrappers import unwrapped
+from sharpscope.models.wrappers import KEYS, same_network, state_dicts, unwrapped
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 AGAIN = "copy or save the checkpoint anew"
@@ -30,7 +31,7 @@ UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
 )
-_STATE_DICT = "torch.save(model.state_dict(), FILE)"
+STATE_DICT = "torch.save(model.state_dict(), FILE)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Spec:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened anew for each tensor so that nothing stays mapped."""
+    """A safetensors file, opened anew for each tensor so that nothing stays mapped; nothing is around its weights."""
+
+    wrappers: tuple[str, ...] = ()
+    twins: Sequence[tuple[str, ...]] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,6 +81,8 @@ class TorchFile:
         Keys that lead to the weights, from outside; none if the file is the state dict itself.
     besides
         Other keys that stand beside one of these (optimiser, epoch).
+    twins
+        Keys that lead to other weights of the same network: their moving average.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,12 +90,14 @@ class TorchFile:
         stored = _unpickled(path)
         weights, self.wrappers = unwrapped(stored)
         self.besides: list[str] = []
-        for wrapper in self.wrappers:
+        self.twins: list[tuple[str, ...]] = []
+        for depth, wrapper in enumerate(self.wrappers):
             self.besides += sorted(str(key) for key in stored if key != wrapper)
+            beside = state_dicts({key: value for key, value in stored.items() if key != wrapper})
+            self.twins += [(*self.wrappers[:depth], *p) for p, t in beside.items() if same_network(t, weights)]
             stored = stored[wrapper]
-        odd = next((f"{k!r} is a {type(v).__name__}" for k, v in weights.items() if not isinstance(v, Tensor)), None)
-        if odd or not weights:
-            raise ModelError(f"{path} holds no state dict ({odd or 'it is empty'})", _STATE_DICT)
+        if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise _no_state_dict(path, weights, self.wrappers)
         self._weights: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
         self.specs = {key: _spec(tensor) for key, tensor in self._weights.items()}
 
@@ -108,6 +116,33 @@ class TorchFile:
 
 
 WeightsFile = SafetensorsFile | TorchFile
+
+
+def _no_state_dict(path: Path, stored: Mapping[Any, Any], wrappers: tuple[str, ...]) -> ModelError:
+    if found := list(state_dicts(stored)):
+        places = ", ".join(repr(keys[0]) for keys in found)
+        return ModelError(
+            f"{path} holds state dicts under {places}, and none under {', '.join(KEYS)}",
+            extraction(path, (*wrappers, *found[0])),
+        )
+    odd = next((f"{k!r} is a {type(v).__name__}" for k, v in stored.items() if not isinstance(v, Tensor)), None)
+    return ModelError(f"{path} holds no state dict ({odd or 'it is empty'})", STATE_DICT)
+
+
+def extraction(path: Path, keys: Sequence[Any] = (), prefix: str = "") -> str:
+    """Return the line that saves a part of a file: what these keys lead to, of it what this prefix stands before."""
+    safe = path.suffix == ".safetensors"
+    needs_code = not safe and is_pickled_code(path, passing_over=False)
+    found = (
+        f"safetensors.torch.load_file({str(path)!r})"
+        if safe
+        else f"torch.load({str(path)!r}, weights_only={not needs_code})" + "".join(f"[{key!r}]" for key in keys)
+    )
+    if prefix:
+        inside = f"k.removeprefix({prefix!r}): v for k, v in {found}.items() if k.startswith({prefix!r})"
+        found = f"{{{inside}}}"
+    line = f"safetensors.torch.save_file({found}, 'NEW.safetensors')" if safe else f"torch.save({found}, 'NEW.pt')"
+    return f"{line}   # only if you trust its source: it holds more than tensors" if needs_code else line
 
 
 def _spec(tensor: Tensor) -> Spec:
@@ -158,7 +193,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             head = opened.read(16)
         if not head.startswith((b"\x80", b"PK")) and "GLOBAL" not in str(error):
-            raise ModelError(f"{file} is no file of weights, it begins with {head!r}", _STATE_DICT) from error
+            raise ModelError(f"{file} is no file of weights, it begins with {head!r}", STATE_DICT) from error
         raise _pickled(file, error) from error
     except UNREADABLE as error:
         if "TorchScript" in str(error):
@@ -168,14 +203,20 @@ def _unpickled(file: Path) -> dict[str, Any]:
             ) from error
         raise damaged(file, error) from error
     if not isinstance(found, dict):
-        raise ModelError(f"{file} holds a {type(found).__name__}, no state dict", _STATE_DICT)
+        raise ModelError(f"{file} holds a {type(found).__name__}, no state dict", STATE_DICT)
     return found
 
 
-def is_pickled_code(file: Path) -> bool:
-    """Return whether loading the file would run code from it, without running any."""
+def is_pickled_code(file: Path, *, passing_over: bool = True) -> bool:
+    """Return whether loading the file would run code from it, without running any.
+
+    What training loops put beside weights counts as none where it is passed over, as it is here and not by torch.
+    """
     try:
-        _loaded(file, "meta", mapped=False)
+        if passing_over:
+            _loaded(file, "meta", mapped=False)
+        else:
+            torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError:
         return True
     except UNREADABLE:

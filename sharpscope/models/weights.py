@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +13,18 @@ from torch import Tensor
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line
 from sharpscope.models.reference import FORMS, parsed
-from sharpscope.models.weight_files import AGAIN, SUFFIXES, UNREADABLE, SafetensorsFile, Spec, TorchFile, WeightsFile
-from sharpscope.models.wrappers import bare_names, unmerged
+from sharpscope.models.weight_files import (
+    AGAIN,
+    STATE_DICT,
+    SUFFIXES,
+    UNREADABLE,
+    SafetensorsFile,
+    Spec,
+    TorchFile,
+    WeightsFile,
+    extraction,
+)
+from sharpscope.models.wrappers import bare_names, beneath, unmerged
 
 _NAMES = (  # in the order in which the libraries look for them
     "model.safetensors",
@@ -71,6 +82,29 @@ class Weights:
     def names(self) -> dict[str, str]:
         """Key -> name without what wrappers put around it, see :func:`~sharpscope.models.wrappers.bare_names`."""
         return bare_names(self.keys)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be said of the choice of these weights among others in the same file."""
+        return tuple(
+            f"{file.path} holds weights of the same network under {'/'.join(keys)}, too; those under "
+            f"{'/'.join(file.wrappers)} are used. To use the others: {extraction(file.path, keys)}"
+            for file in self.files
+            for keys in file.twins
+        )
+
+    def inside(self, own: Collection[str]) -> tuple[str, str] | None:
+        """Return a problem and the way out if all names of a network stand here, but deeper and beside others."""
+        names = self.names.values()
+        if not (found := beneath(own, names)):
+            return None
+        others = [name for name in names if not name.startswith(tuple(found))]
+        besides = f", and besides {', '.join(others[:3])}{', ...' if others[3:] else ''}" if others else ""
+        file = self.files[0]
+        return (
+            f"{self.root} holds the weights under {' and under '.join(map(repr, found))}{besides}",
+            extraction(file.path, file.wrappers, found[0]) if len(self.files) == 1 else STATE_DICT,
+        )
 
     @cached_property
     def sha256(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from sharpscope.errors import ModelError
 
@@ -12,6 +14,7 @@ _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  #
 # ... and these before every name.
 _BEFORE = ("module.", "image_encoder.model.", "base_model.model.", "model.", "clip_model.", "clip.", "backbone.")
 HEAD = "classification_head."  # WiSE-FT keeps it beside the model that it wraps
+AVERAGED = "n_averaged"  # how many weights torch's AveragedModel has averaged, beside the model that it wraps
 
 
 def unwrapped(stored: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
@@ -23,9 +26,9 @@ def unwrapped(stored: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, 
 
 
 def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return key -> name without what wrappers (DDP, FSDP, compile, PEFT, WiSE-FT) put before and into it.
+    """Return key -> name without what wrappers (DDP, FSDP, compile, PEFT, WiSE-FT, SWA) put before and into it.
 
-    A prefix is taken off only if every key has it, a WiSE-FT head apart.
+    A prefix is taken off only if every key has it, a WiSE-FT head and a counter of averages apart.
 
     Raises
     ------
@@ -37,9 +40,7 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     >>> bare_names(["module._orig_mod.visual.proj", "module._orig_mod.logit_scale"])["module._orig_mod.visual.proj"]
     'visual.proj'
     """
-    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in keys}
-    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
-        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    names = _peeled_off(keys)
     seen: dict[str, str] = {}
     for key, name in names.items():
         if name in seen:
@@ -48,9 +49,53 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def _peeled_off(keys: Iterable[str]) -> dict[str, str]:
+    *_, names = peeled(keys)
+    return names
+
+
+def peeled(keys: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yield key -> name, first as it is, then without one after the other of what wrappers put around it."""
+    names = {key: key for key in keys}
+    yield names
+    names = {key: ".".join(part for part in key.split(".") if part not in _INSIDE) for key in names}
+    yield names
+    while prefix := next((p for p in _BEFORE if _on_all(p, names.values())), None):
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        yield names
+
+
 def _on_all(prefix: str, names: Collection[str]) -> bool:
-    inside = [name for name in names if not name.startswith(HEAD)]
+    inside = [name for name in names if not name.startswith(HEAD) and name != AVERAGED]
     return bool(inside) and all(name.startswith(prefix) for name in inside)
+
+
+def beneath(own: Collection[str], names: Collection[str]) -> list[str]:
+    """Return what stands before all names of a network where a file holds them beside other things.
+
+    >>> beneath(["conv.weight", "fc.weight"], ["criterion.weight", "model.conv.weight", "model.fc.weight"])
+    ['model.']
+    """
+    known, first = set(names), next(iter(own), "")
+    found = [name.removesuffix(first) for name in names if first and name.endswith(f".{first}")]
+    return [prefix for prefix in found if all(f"{prefix}{name}" in known for name in own)]
+
+
+def state_dicts(stored: Mapping[Any, Any]) -> dict[tuple[str, ...], Mapping[Any, Any]]:
+    """Return what holds tensors alone, numbers among them, by the keys that lead there."""
+    found = {}
+    for key, value in stored.items():
+        inner, path = unwrapped(value) if isinstance(value, dict) else ({}, ())
+        tensors = [tensor for tensor in inner.values() if isinstance(tensor, Tensor)]
+        if len(tensors) == len(inner) and any(tensor.is_floating_point() for tensor in tensors):
+            found[(key, *path)] = inner
+    return found
+
+
+def same_network(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Return whether two state dicts hold weights of one network, of which one may leave some out."""
+    one, other = (set(_peeled_off(map(str, keys)).values()) for keys in (first, second))
+    return one <= other or other <= one
 
 
 def unmerged(names: Iterable[str]) -> str | None:

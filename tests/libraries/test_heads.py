@@ -106,6 +106,17 @@ def test_an_untrained_wise_ft_head_is_the_zero_shot_head(named, checkpoint, tmp_
     assert end.head.bias is None  # one of zeros is none
 
 
+def test_a_clip_inside_of_a_training_module_and_an_average_beside_it_are_pointed_to(named, checkpoint, tmp_path):
+    weights = checkpoint[0].state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "ema.pt")
+    (note,) = load(f"oc:{named}/{tmp_path / 'ema.pt'}").notes
+    assert "holds weights of the same network under state_dict_ema, too" in note
+    inside = {f"model.{name}": tensor for name, tensor in weights.items()} | {"loss.scale": torch.ones(3)}
+    torch.save(inside, tmp_path / "last.ckpt")
+    with pytest.raises(ModelError, match=r"last.ckpt holds the weights under 'model\.', and besides loss.scale"):
+        load(f"oc:{named}/{tmp_path / 'last.ckpt'}")
+
+
 def test_a_wise_ft_file_is_a_model_under_its_configurations_name(named, checkpoint, tmp_path):
     weight = wise_ft_file(tmp_path / "ft.pt", checkpoint[0], open_clip.get_tokenizer(named))
     head = load(f"oc:{named}/{tmp_path / 'ft.pt'}").classifier(CLASSES).head

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +47,32 @@ def test_a_file_alone_takes_the_network_of_the_other_end(tuned, tmp_path):
     torch.save({"state_dict": {f"module.{n}": t for n, t in network.state_dict().items()}}, tmp_path / "again.pt")
     start, end, _ = pair(*load_pair(f"timm:test_vit/{file}", tmp_path / "again.pt"), None)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters(), strict=True))
+
+
+def test_what_timms_saver_writes_is_read_and_its_average_is_pointed_to(tuned, tmp_path, monkeypatch):
+    network, args = copy.deepcopy(tuned[0]), argparse.Namespace(model="test_vit")
+    average = timm.utils.ModelEmaV3(moved(copy.deepcopy(network)))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    saver = timm.utils.CheckpointSaver(
+        network, optimizer, args, average, checkpoint_dir=tmp_path, recovery_dir=tmp_path
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    found = load(f"timm:test_vit/{tmp_path}/model_best.pth.tar")
+    with torch.no_grad():
+        assert torch.equal(found.network(pixels(160)), network(pixels(160)))
+    monkeypatch.chdir(tmp_path)
+    exec(found.notes[0].split("To use the others: ")[1], {"torch": torch})
+    other = load(f"timm:test_vit/{tmp_path}/NEW.pt")
+    assert other.notes == ()
+    with torch.no_grad():
+        assert torch.equal(other.network(pixels(160)), average.module(pixels(160)))
+
+
+def test_a_network_inside_of_a_training_module_is_pointed_to(tuned, tmp_path):
+    inside = {f"model.{name}": tensor for name, tensor in tuned[0].state_dict().items()}
+    torch.save({"state_dict": inside | {"criterion.weight": torch.ones(3)}}, tmp_path / "last.ckpt")
+    with pytest.raises(ModelError, match=r"last.ckpt holds the weights under 'model\.', and besides criterion.weight"):
+        load(f"timm:test_vit/{tmp_path}/last.ckpt")
 
 
 def test_another_architecture_is_refused(tuned):
