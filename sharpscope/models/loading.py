@@ -187,6 +187,8 @@ def _transformers(reference: Reference, templates: tuple[str, ...]) -> Any:
     config = checkpoint.read_config(where)
     if hf.is_classifier(config):
         network, classes = hf.read_classifier(where)
+        if timm_model.is_wrapped(network):
+            return _timm(reference, network, _place(reference), classes)
         return _classifier(reference, network, classes)
     if hf.is_bare_tower(config):
         if not reference.path.is_dir():
