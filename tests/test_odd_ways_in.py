@@ -100,6 +100,25 @@ def test_a_file_that_holds_no_weights_is_not_called_a_pickle(base, tmp_path):
         load(tmp_path / "model.onnx")
 
 
+def test_a_file_named_as_the_other_format_is_told_its_own(base, tmp_path):
+    shutil.copy(base / "model.safetensors", tmp_path / "ft.pt")
+    with pytest.raises(ModelError, match=r"ft.pt is a safetensors file, .*\n  fix: name it ft.safetensors"):
+        load(tmp_path / "ft.pt")
+    torch.save(clips.network().state_dict(), tmp_path / "zs.safetensors")
+    with pytest.raises(
+        ModelError, match=r"zs.safetensors is no safetensors file, .* torch.save .*\n  fix: name it zs.pt"
+    ):
+        load(tmp_path / "zs.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:99])
+    with pytest.raises(ModelError, match=r"torn.safetensors cannot be read"):
+        load(tmp_path / "torn.safetensors")
+
+
+def test_the_help_of_layers_names_no_weights_alone_which_it_refuses(run):
+    assert "weights file" in run("report", "--help")[1]
+    assert "weights file" not in run("layers", "--help")[1]
+
+
 def test_a_folder_of_checkpoints_names_the_last(base, tmp_path):
     for step in (100, 200):
         shutil.copytree(base, tmp_path / f"checkpoint-{step}")
