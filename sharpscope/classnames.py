@@ -70,7 +70,7 @@ def read_label_names(source: ClassNames) -> dict[str, str]:
 def _from_file(path: Path, folders: Sequence[str] | None) -> Mapping[str, str]:
     if not path.is_file():
         raise UsageError(f"there is no file of class names at {path}", _FORMS)
-    text = _text(path)
+    text = read_text(path)
     if path.suffix == ".json":
         return _from_json(path, text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -85,7 +85,8 @@ def _from_file(path: Path, folders: Sequence[str] | None) -> Mapping[str, str]:
     return _from_lines(path, lines, folders)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file, without the mark that some editors begin it with; ``UsageError`` if it is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

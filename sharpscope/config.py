@@ -33,7 +33,7 @@ class Settings(BaseModel):
     captions: bool = Field(default=False, description="pair images with their captions, not prompts of their classes")
     classnames: str | None = Field(default=None, description="words of each class folder or label")
     templates: str | None = Field(default=None, description="sentences that class names are put into")
-    subset: bool = Field(default=False, description="leave out OOD folders that are no ID class")
+    subset: bool = Field(default=False, description="leave out folders that are no ID class, or no output")
     measures: tuple[str, ...] = Field(default=DEFAULT, description="what is measured")
     tolerance: float = Field(default=1.0, gt=0, description="times the usual target errors: 2 is coarser and quicker")
     m: int | None = Field(default=None, ge=1, description="images per group of m-sharpness; default 32")

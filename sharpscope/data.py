@@ -229,8 +229,25 @@ class Split:
                 + unlabelled,
                 "check that labels and model number the same classes",
             )
+        self._check_names(classes, high)
         if self.columns is not None and not set(self.targets.tolist()) <= set(self.columns):
             raise DataError(f"{self.name!r} has labels outside its own classes {self.columns}", "check the class map")
+
+    def _check_names(self, classes: int, high: int) -> None:
+        """Raise if the names are those of fewer classes than the model has outputs: which ones, no number tells.
+
+        Labels beyond the names are those of another numbering, e.g. by a ``target_transform``, and taken as they are.
+        More names than outputs are a set of which only the first classes were kept.
+        """
+        if self.classes is None or self.columns is not None or not high < len(self.classes) < classes:
+            return
+        raise DataError(
+            f"the model has {classes} outputs, {self.name!r} names {len(self.classes)} classes; which outputs these "
+            "are is not known",
+            "sharpscope.folder(path, model, classes=[...]), or Split(loader, name, classes=[...]): a name for each "
+            "output, in order (at a shell: a function that returns it, --id py:MODULE:FUNCTION); or the names in the "
+            "model's config.json (id2label of transformers, label_names of timm)",
+        )
 
     def sample(self, limit: int | None, seed: int, batch_size: int) -> tuple[Batch, ...]:
         """Return at most ``limit`` examples, stratified by class, shuffled, in batches of ``batch_size``.

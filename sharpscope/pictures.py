@@ -19,11 +19,16 @@ from sharpscope.objective import Batch
 
 UNREADABLE = 0.01  # share of the images; above it the data are not what they were taken for
 THREADS = min(8, os.cpu_count() or 1)
+# Also of images that Pillow may need a plugin for (.heic): unreadable ones are counted and named, others left out.
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-)  # fmt: skip
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+        *(".avif", ".heic", ".heif"),
+    }
+)
 UNLABELLED = "\0"  # key of pictures that have a caption only
 _DEEP = {"I", "F"}  # modes of more than 8 bits, beside those that begin with I;16
+_DOUBT = "sharpscope"  # key of a converted picture's info: what its white was taken for, where that is a guess
 
 Preprocess = Callable[[Image.Image], Tensor]
 
@@ -42,27 +47,37 @@ def rgb(image: Image.Image) -> Image.Image:
 
     Greyscale is repeated, CMYK and palettes are converted, transparency is dropped, as by ``Image.convert("RGB")``.
     Different from it on purpose: 16-bit and float greyscale is scaled, not clipped to white, and EXIF orientation is
-    applied.
+    applied. Integers of 32 bits that stay below 256 are 8 bits, there as here.
 
     Raises
     ------
     ValueError
         If a greyscale of 32 bits or of floats lies outside 0..65535 or 0..1: its white is unknown.
     """
-    upright = ImageOps.exif_transpose(image)
+    upright, doubt = ImageOps.exif_transpose(image), ""
     if upright.mode in _DEEP or upright.mode.startswith("I;16"):
-        upright = Image.fromarray(_eight_bits(np.asarray(upright)))
+        upright, doubt = _eight_bits(np.asarray(upright))
     elif upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # PIL warns of the direct way
-    return upright.convert("RGB")
+    found = upright.convert("RGB")
+    if doubt:
+        found.info[_DOUBT] = doubt
+    return found
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    white = 1.0 if values.dtype.kind == "f" else 65535.0
+def _eight_bits(values: np.ndarray) -> tuple[Image.Image, str]:
+    """Return the picture with its white at 255, and what must be said if that white is a guess."""
     low, high = float(values.min()), float(values.max())
+    narrow = values.dtype.kind != "f" and values.dtype.itemsize > 2 and high <= 255
+    white = 1.0 if values.dtype.kind == "f" else 255.0 if narrow else 65535.0
     if not (low >= 0 and high <= white):
         raise ValueError(f"greyscale of {values.dtype} from {low:g} to {high:g}, where 0 to {white:g} can be scaled")
-    return np.asarray((values * (255 / white)).round(), dtype=np.uint8)
+    doubt = ""
+    if narrow and high > 0:
+        doubt = "hold integers of 32 bits up to 255 and are taken for 8 bits"
+    elif 0 < 16 * high <= white:
+        doubt = "are nowhere brighter than a 16th of their range, as 12 bits in 16 are, and stay as dark"
+    return Image.fromarray(np.asarray((values * (255 / white)).round(), dtype=np.uint8)), doubt
 
 
 class PictureBatches:
@@ -119,6 +134,7 @@ class PictureBatches:
         self._notes = tuple(notes)
         self._threads = threads
         self.unreadable: dict[str, str] = {}
+        self._doubts: dict[str, set[str]] = {}
         self._read_before = False
 
     def __len__(self) -> int:
@@ -127,11 +143,17 @@ class PictureBatches:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a result must say about these data."""
+        total = len(self._pictures)
+        doubts = (
+            f"{self._name}: {len(names)} of {total} images {doubt} ({min(names)})"
+            for doubt, names in sorted(self._doubts.items())
+        )
         if not self.unreadable:
-            return self._notes
+            return (*self._notes, *doubts)
         return (
             *self._notes,
-            f"{self._name}: {len(self.unreadable)} of {len(self._pictures)} images could not be read and are left out "
+            *doubts,
+            f"{self._name}: {len(self.unreadable)} of {total} images could not be read and are left out "
             f"({self._first_unreadable()})",
         )
 
@@ -145,6 +167,8 @@ class PictureBatches:
             image = decoded(picture)
         except Exception as error:  # decoders of damaged files raise nearly anything
             return str(error).replace(picture.name, "file") or type(error).__name__
+        if doubt := image.info.get(_DOUBT):
+            self._doubts.setdefault(doubt, set()).add(picture.name)
         return torch.as_tensor(self._preprocess(image))
 
     def _in_order(self) -> Iterator[tuple[Picture, Tensor | str]]:
@@ -172,7 +196,7 @@ class PictureBatches:
             raise DataError(
                 f"{self._name!r}: {len(self.unreadable)} images cannot be read so far ({self._first_unreadable()}), "
                 f"more than {self._max_unreadable:.3g} of all {len(self._pictures)}",
-                "copy the data anew, remove the damaged files, or allow more: max_unreadable=0.05",
+                "copy the data anew, convert or remove these files; in Python, max_unreadable=0.05 allows more",
             )
 
     def __iter__(self) -> Iterator[Batch | dict[str, Any]]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sharpscope.classnames import ClassNames, read_label_names
+from sharpscope.classnames import ClassNames, read_label_names, read_text
 from sharpscope.collection import Collection
 from sharpscope.errors import DataError, UsageError
 from sharpscope.pictures import UNLABELLED, Picture
@@ -108,7 +108,7 @@ def _directory(root: Path) -> Archive:
 def _check_complete(shards: Sequence[Path]) -> None:
     """Raise if ``nshards.txt`` or the numbers of the shards say that one is missing."""
     stated = shards[0].with_name("nshards.txt")
-    text = stated.read_text().strip() if stated.is_file() else ""
+    text = read_text(stated).strip() if stated.is_file() else ""
     if stated.is_file() and not text.isdigit():
         raise DataError(f"{stated} holds {text[:20]!r}", "the number of .tar files")
     if text and int(text) != len(shards):
@@ -223,5 +223,5 @@ def archive_templates(place: str | Path) -> tuple[str, ...] | None:
     file = archive(place).beside(TEMPLATES)
     if file is None:
         return None
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(file).splitlines()]
     return tuple(line.replace("{c}", "{}") for line in lines if line)

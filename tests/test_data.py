@@ -105,6 +105,26 @@ def test_labels_out_of_range_name_the_range():
         Split([(X, Y)], "id", columns=[0, 3]).check_labels(5)
 
 
+def test_names_of_fewer_classes_than_outputs_are_refused_unless_they_say_which_they_are():
+    """An ImageNet head on a folder of 100 classes: numbers that fit, and every label wrong."""
+    split = Split(DataLoader(named(["ape", "bee", "cat"], [0, 1, 2]), batch_size=3), "id")
+    with pytest.raises(DataError, match=r"the model has 10 outputs, 'id' names 3 classes.*\n  fix: .*a name for each"):
+        split.check_labels(10)
+    models = torch.nn.Linear(1, 10).eval(), torch.nn.Linear(1, 10).eval()
+    with pytest.raises(DataError, match="the model has 10 outputs, 'id' names 3 classes"):
+        sharpscope.scan(*models, DataLoader(named(["ape", "bee", "cat"], [0, 1, 2]), batch_size=3), measures=[])
+    outputs = ["cat", "ape", "dog", "bee"]
+    split.numbered_as(outputs).check_labels(4)  # masked: which of the outputs they are is known
+    Split(DataLoader(named(["ape", "bee"], [0, 1]), batch_size=2), "id", classes=outputs).check_labels(4)  # said
+
+
+def test_labels_that_do_not_follow_the_names_are_taken_as_they_are():
+    moved = [(torch.zeros(2, 1), torch.tensor([1, 7]))]  # as a target_transform does
+    Split(moved, "id", classes=["n01", "n02"]).check_labels(10)
+    Split(DataLoader(named(["ape", "bee", "cat"], [0, 1]), batch_size=2), "the first two of three").check_labels(2)
+    Split([(X, Y)], "without names").check_labels(10)
+
+
 def test_the_fingerprint_depends_on_pixels_and_labels_not_on_batching():
     marks = [
         Split(loader, "id").fingerprint

@@ -9,7 +9,7 @@ import clips
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import sharpscope as ss
 from sharpscope.errors import DataError, UsageError
@@ -355,6 +355,27 @@ def test_an_unreadable_folder_ends_in_a_sentence(data, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(DataError, match=r"ape cannot be read: Permission denied"):
         folder(data, mean_color)
+
+
+def test_images_by_their_rarer_names_are_read_and_what_pillow_cannot_read_is_counted(tmp_path):
+    clips.images(tmp_path / "id", ["red"], each=2, size=8)
+    image = Image.open(tmp_path / "id" / "red" / "0000.png")
+    image.save(tmp_path / "id" / "red" / "a.jfif", "JPEG")
+    image.save(tmp_path / "id" / "red" / "a.JPE", "JPEG")
+    (tmp_path / "id" / "red" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(
+        DataError, match=r"1 images cannot be read so far \(.*phone.heic: .*\n  fix: .*convert or remove"
+    ):
+        folder(tmp_path / "id", mean_color)
+    with pytest.warns(UserWarning, match=r"1 of 5 images could not be read and are left out \(.*phone.heic"):
+        assert len(folder(tmp_path / "id", mean_color, max_unreadable=0.3)) == 4
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif_is_an_image(tmp_path):
+    clips.images(tmp_path / "id", ["red"], each=1, size=8)
+    Image.open(tmp_path / "id" / "red" / "0000.png").save(tmp_path / "id" / "red" / "a.avif")
+    assert len(folder(tmp_path / "id", mean_color)) == 2
 
 
 def test_more_damage_can_be_allowed(tmp_path):

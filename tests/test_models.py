@@ -279,6 +279,15 @@ def test_templates_are_read_from_lines_and_from_json(tmp_path):
         read_templates(tmp_path / "none.txt")
 
 
+def test_templates_of_another_encoding_are_refused_and_an_editors_mark_is_no_part_of_them(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_bytes("a {}.\nthe {}\n".encode("utf-8-sig"))
+    assert read_templates(file) == ("a {}.", "the {}")
+    file.write_bytes("das schöne {}\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"t.txt is no text in UTF-8: .*\n  fix: iconv"):
+        read_templates(file)
+
+
 def test_images_of_another_size_are_refused(model):
     with pytest.raises(DataError, match=r"the images are \(3, 8, 8\), the model takes \(3, 16, 16\)"):
         model.classifier(CLASSES)(torch.zeros(1, 3, 8, 8))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import clips
 import numpy as np
 import pytest
+import saved
 import torch
 from saved import moved
 from torch.utils.data import DataLoader
@@ -97,6 +98,25 @@ def test_a_file_that_holds_no_weights_is_not_called_a_pickle(base, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"abc")
     with pytest.raises(ModelError, match="onnx cannot be read"):
         load(tmp_path / "model.onnx")
+
+
+def test_a_file_named_as_the_other_format_is_told_its_own(base, tmp_path):
+    shutil.copy(base / "model.safetensors", tmp_path / "ft.pt")
+    with pytest.raises(ModelError, match=r"ft.pt is a safetensors file, .*\n  fix: name it ft.safetensors"):
+        load(tmp_path / "ft.pt")
+    torch.save(clips.network().state_dict(), tmp_path / "zs.safetensors")
+    with pytest.raises(
+        ModelError, match=r"zs.safetensors is no safetensors file, .* torch.save .*\n  fix: name it zs.pt"
+    ):
+        load(tmp_path / "zs.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:99])
+    with pytest.raises(ModelError, match=r"torn.safetensors cannot be read"):
+        load(tmp_path / "torn.safetensors")
+
+
+def test_the_help_of_layers_names_no_weights_alone_which_it_refuses(run):
+    assert "weights file" in run("report", "--help")[1]
+    assert "weights file" not in run("layers", "--help")[1]
 
 
 def test_a_folder_of_checkpoints_names_the_last(base, tmp_path):
@@ -189,3 +209,50 @@ def test_a_configuration_beside_no_weights_is_not_guessed_from(tmp_path):
 def test_an_object_that_only_looks_like_a_model_is_named():
     with pytest.raises(ModelError, match="the zero-shot model is a SimpleNamespace"):
         scanned(SimpleNamespace(), SimpleNamespace(), [(X, Y)])
+
+
+# --- classifiers at a shell
+
+
+@pytest.fixture
+def headed(tmp_path):
+    """Two classifiers of red, green and blue car, and as many folders of images."""
+    both = saved.vit(tmp_path)
+    clips.images(tmp_path / "id", (*CLASSES[:2], "blue_car"))
+    return [*("--zero-shot", both.zero_shot, "--fine-tuned", both.fine_tuned), "--id", tmp_path / "id", "--dry-run"]
+
+
+def nameless(folder, outputs=3):
+    """Take the class names out of a classifier's configuration."""
+    file = folder / "config.json"
+    stored = json.loads(file.read_text())
+    stored["id2label"] = {number: f"LABEL_{number}" for number in range(outputs)}
+    stored["label2id"] = {f"LABEL_{number}": number for number in range(outputs)}
+    file.write_text(json.dumps(stored))
+
+
+@pytest.mark.filterwarnings("always")
+def test_folders_of_the_id_data_that_no_output_means_are_left_out_as_the_refusal_says(run, headed, tmp_path):
+    clips.images(tmp_path / "id", ["plum"])
+    code, _, err = run("report", *headed)
+    assert code == 3
+    assert "'id': folder 'plum' is none of the 3 classes" in err
+    assert "--subset" in err
+    code, out, err = run("report", *headed, "--subset")
+    assert code == 0, err
+    assert "warning: id: 1 of 4 folders are none of the 3 classes and left out ('plum')" in err
+    assert "12 images" in out
+
+
+def test_class_names_that_the_fine_tuned_end_alone_has_number_the_folders(run, headed, tmp_path):
+    nameless(tmp_path / "base")
+    code, _, err = run("report", *headed)  # sorted, the folders are blue_car, green, red
+    assert code == 0, err
+
+
+@pytest.mark.filterwarnings("always")
+def test_templates_beside_classifiers_are_said_to_change_nothing(run, headed, tmp_path):
+    (tmp_path / "templates.txt").write_text("a {}\n")
+    code, _, err = run("report", *headed, "--templates", tmp_path / "templates.txt")
+    assert code == 0, err
+    assert f"warning: --templates changes nothing: {tmp_path / 'base'} is a classifier with its own head" in err

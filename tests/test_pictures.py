@@ -51,6 +51,7 @@ LIGHT = 255 - INK.astype(float)
         (Image.fromarray(DEEP), "PNG", np.repeat((DEEP / 257.0)[..., None], 3, axis=2)),
         (Image.fromarray(DEEP), "TIFF", np.repeat((DEEP / 257.0)[..., None], 3, axis=2)),
         (Image.fromarray(DEEP.astype(np.int32)), "TIFF", np.repeat((DEEP / 257.0)[..., None], 3, axis=2)),
+        (Image.fromarray(GREY.astype(np.int32)), "TIFF", GREYS),
         (Image.fromarray(GREY.astype(np.float32) / 255), "TIFF", GREYS),
         (Image.fromarray(INK, "CMYK"), "TIFF", LIGHT[..., :3] * LIGHT[..., 3:] / 255),
         (palette()[0], "PNG", palette()[1]),
@@ -59,7 +60,19 @@ LIGHT = 255 - INK.astype(float)
         (Image.fromarray(COLORS), "BMP", COLORS),
     ],
     ids=[
-        *("rgb", "grey", "bits", "alpha", "grey alpha", "16 bit png", "16 bit tiff", "32 bit", "float", "cmyk"),
+        *(
+            "rgb",
+            "grey",
+            "bits",
+            "alpha",
+            "grey alpha",
+            "16 bit png",
+            "16 bit tiff",
+            "32 bit",
+            "8 in 32",
+            "float",
+            "cmyk",
+        ),
         *("palette", "gif", "webp", "bmp"),
     ],
 )
@@ -74,6 +87,28 @@ def test_every_mode_becomes_the_rgb_that_arithmetic_says(image, kind, expected):
 def test_sixteen_bits_are_scaled_where_pillow_alone_would_clip_them():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
     assert (stored(Image.fromarray(ramp), "PNG")[0, :, 0] == np.arange(256)).all()
+
+
+def test_a_white_that_is_a_guess_is_said():
+    ramp = np.arange(256)[None]
+    kinds = {
+        "eight.tif": ramp.astype(np.int32),
+        "twelve.png": 16 * ramp.astype(np.uint16),
+        "darker.png": 15 * ramp.astype(np.uint16),
+        "sixteen.png": 257 * ramp.astype(np.uint16),
+        "black.png": 0 * ramp.astype(np.uint16),
+        "plain.png": ramp.astype(np.uint8),
+    }
+    pictures = [Picture(name, "0", partial(Image.fromarray, values)) for name, values in kinds.items()]
+    found = PictureBatches(pictures, {"0": 0}, lambda image: torch.tensor(np.asarray(image).max()), "id")
+    assert found.notes == ()
+    assert [batch.inputs.tolist() for batch in found] == [[255, 16, 15, 255, 0, 255]]
+    list(found)  # said once, however often they are read
+    assert found.notes == (
+        "id: 2 of 6 images are nowhere brighter than a 16th of their range, as 12 bits in 16 are, and stay as dark "
+        "(darker.png)",
+        "id: 1 of 6 images hold integers of 32 bits up to 255 and are taken for 8 bits (eight.tif)",
+    )
 
 
 def test_colours_of_sixteen_bits_agree_with_greys_of_sixteen_bits():

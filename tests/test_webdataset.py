@@ -113,6 +113,15 @@ def test_the_templates_that_it_brings_are_read(root):
     assert archive_templates(root) is None
 
 
+def test_texts_of_another_encoding_are_refused_by_name(root):
+    (root / "zeroshot_classification_templates.txt").write_bytes(b"a sch\xf6ne {c}\n")
+    with pytest.raises(UsageError, match=r"zeroshot_classification_templates.txt is no text in UTF-8"):
+        archive_templates(root)
+    (root / "test" / "nshards.txt").write_bytes(b"3\xff")
+    with pytest.raises(UsageError, match=r"nshards.txt is no text in UTF-8"):
+        read(root)
+
+
 def test_nothing_is_written_beside_the_archives(root):
     before = sorted(root.rglob("*"))
     read(root)

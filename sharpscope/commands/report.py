@@ -53,12 +53,15 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     zero_shot, fine_tuned = load_pair(
         chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
     )
+    if chosen.templates is not None and isinstance(zero_shot, LogitsModel):
+        warnings.warn(f"--templates changes nothing: {zero_shot.name} is a classifier with its own head", stacklevel=2)
     read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
     id_split = read(
         chosen.id,
         name="id",
         classnames=id_names,
-        classes=getattr(zero_shot, "classes", None),
+        classes=getattr(zero_shot, "classes", None) or getattr(fine_tuned, "classes", None),
+        subset=chosen.subset,
         captions=chosen.captions and chosen.sharpness_on is None,
     )
 
@@ -92,7 +95,7 @@ def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]
     """Return the words of the ID set and those of every folder: a file with a line each names the ID folders only."""
     if chosen.classnames is None or not is_folder(chosen.id):
         return chosen.classnames, None
-    words = read_classnames(chosen.classnames, [*class_folders(chosen.id).images])
+    words = read_classnames(chosen.classnames, [*class_folders(chosen.id).images], partial=chosen.subset)
     return words, words
 
 

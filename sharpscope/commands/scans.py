@@ -57,7 +57,9 @@ def report(
     templates: Annotated[
         str | None, typer.Option(metavar="FILE", help="Sentences with {} for the class name, a line each.")
     ] = None,
-    subset: Annotated[bool | None, typer.Option("--subset", help="Leave out OOD folders that are no ID class.")] = None,
+    subset: Annotated[
+        bool | None, typer.Option("--subset", help="Leave out folders that are no ID class, or no output.")
+    ] = None,
     measures: Annotated[
         str | None, typer.Option(metavar="A,B", help="trace, lambda_max, m_sharpness, directional, ...")
     ] = None,

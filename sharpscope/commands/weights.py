@@ -12,7 +12,7 @@ Granular = Annotated[str | None, typer.Option(metavar="tower|block|part|tensor",
 
 
 def layers(
-    model: Annotated[str, typer.Option(metavar="REF", help=REF)],
+    model: Annotated[str, typer.Option(metavar="REF", help=REF.replace("weights file", "oc:NAME/FILE"))],
     granularity: Granular = None,
 ) -> None:
     """Print which tensors of a model form which layer; no data, no compute."""

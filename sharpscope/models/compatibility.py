@@ -47,11 +47,11 @@ def _differences(a: Model, b: Model) -> Iterator[Difference]:
         yield "templates", list(a.templates), list(b.templates)
 
 
-def _raise_first(found: list[Difference], names: tuple[str, str]) -> None:
+def _raise_first(found: list[Difference], names: tuple[str, str], fix: str = _FIX) -> None:
     if found:
         name, first, second = found[0]
         others = f" ({len(found)} settings differ)" if len(found) > 1 else ""
-        raise MismatchError(f"{name} is {first!r} in {names[0]} but {second!r} in {names[1]}{others}", _FIX)
+        raise MismatchError(f"{name} is {first!r} in {names[0]} but {second!r} in {names[1]}{others}", fix)
 
 
 def check_compatible(zero_shot: Model, fine_tuned: Model) -> None:
@@ -70,7 +70,21 @@ def check_compatible(zero_shot: Model, fine_tuned: Model) -> None:
         a, b = kinds if isinstance(zero_shot, ClipModel) else kinds[::-1]
         raise MismatchError(f"{zero_shot.name} is {a}, {fine_tuned.name} is {b}", _FIX)
     check_same_library(zero_shot.network.state_dict(), fine_tuned.network.state_dict(), ("zero-shot", "fine-tuned"))
-    _raise_first(list(_differences(zero_shot, fine_tuned)), (zero_shot.name, fine_tuned.name))
+    found, fix = list(_differences(zero_shot, fine_tuned)), _FIX
+    if found and found[0][0].startswith("image_") and (_assumed(zero_shot) is None) != (_assumed(fine_tuned) is None):
+        fix = "sharpscope.models.load_pair(ZERO_SHOT, FINE_TUNED): a file, which does not say it, takes the other end's"
+    _raise_first(found, (zero_shot.name, fine_tuned.name), fix)
+
+
+def _assumed(model: Model) -> tuple[str, ...] | None:
+    """Return what a file did not say and was assumed, None if everything is known."""
+    return getattr(model.library, "assumed", None) if isinstance(model, ClipModel) else None
+
+
+def _assumptions(start: ClipModel, end: ClipModel) -> list[str]:
+    """Return what was assumed of both ends; what one of them knows was compared."""
+    a, b = _assumed(start), _assumed(end)
+    return [] if a is None or b is None else [*dict.fromkeys((*a, *b))]
 
 
 def check_same_function(zero_shot: ClipModel, fine_tuned: ClipModel) -> None:
@@ -82,7 +96,8 @@ def check_same_function(zero_shot: ClipModel, fine_tuned: ClipModel) -> None:
         Naming the first setting that differs and both values.
     """
     a, b = ({**module_facts(m.network), "image size": m.library.size} for m in (zero_shot, fine_tuned))
-    means = [_normalisation(model) for model in (zero_shot, fine_tuned)]
+    assumed = _assumed(fine_tuned) is not None  # it gets the zero-shot model's preprocessing
+    means = [None if assumed else _normalisation(model) for model in (zero_shot, fine_tuned)]
     found = [*_unequal(a, b), *_unequal(*means)]
     _raise_first(found, (zero_shot.name, fine_tuned.name))
 
@@ -134,7 +149,7 @@ def pair(
             f"{start.name} is a CLIP and needs class names for its head, the ID data has none",
             "sharpscope.folder(...), or Split(loader, 'id', classes=[...])",
         )
-    notes += _scale_notes(start, end)
+    notes += [*_assumptions(start, end), *_scale_notes(start, end)]
     if objective == "image":
         return (*_classifiers(start, end, classes), [*notes, *_head_notes(start, end)])
     return (*_two_towers(start, end, classes, objective), [*notes, *_tower_notes(start, end, classes)])

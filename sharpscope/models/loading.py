@@ -13,6 +13,7 @@ from sharpscope.models import checkpoint, factory, hf, openclip, timm_model
 from sharpscope.models.classification import LogitsModel
 from sharpscope.models.clip import ClipModel
 from sharpscope.models.library import ClipLibrary, module_facts, plain
+from sharpscope.models.openclip import OpenClip
 from sharpscope.models.reference import FORMS, Reference, parsed
 from sharpscope.models.templates import DEFAULT, checked_templates
 from sharpscope.models.tensors import Tensors, read_tensors, stored_head
@@ -152,7 +153,16 @@ def load_pair(
         return first.like(second, convert=convert), second
     if isinstance(second, WeightsOnly):
         return first, second.like(first, convert=convert)
+    _share_preprocessing(first, second)
     return first, converted(second, first) if convert else second
+
+
+def _share_preprocessing(*ends: Model) -> None:
+    """Give an end whose preprocessing was assumed that of the other one, if it is known."""
+    pair = [model.library for model in ends if isinstance(model, ClipModel) and isinstance(model.library, OpenClip)]
+    known, assumed = ([end for end in pair if (end.assumed is None) == sure] for sure in (True, False))
+    if known and assumed:
+        assumed[0].preprocess_as(known[0])
 
 
 def _clip(
@@ -191,6 +201,8 @@ def _transformers(reference: Reference, templates: tuple[str, ...]) -> Any:
     config = checkpoint.read_config(where)
     if hf.is_classifier(config):
         network, classes = hf.read_classifier(where)
+        if timm_model.is_wrapped(network):
+            return _timm(reference, network, _place(reference), classes)
         return _classifier(reference, network, classes)
     if hf.is_bare_tower(config):
         if not reference.path.is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor
 from sharpscope.errors import ModelError, UsageError
 from sharpscope.models.installed import first_line, imported
 from sharpscope.models.library import module_facts, plain
+from sharpscope.models.tags import activation_of, preprocessing_of
 from sharpscope.models.tensors import Renamed, Tensors, without_head
 from sharpscope.models.transfer import (
     check_finite_weights,
@@ -48,10 +49,18 @@ def _texts(clip: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 
 
 class OpenClip:
-    """A model of open_clip; see :class:`sharpscope.models.library.ClipLibrary`."""
+    """A model of open_clip; see :class:`sharpscope.models.library.ClipLibrary`.
+
+    Attributes
+    ----------
+    assumed
+        Of a file, which says neither preprocessing nor activation: what a result must say of those it is read with.
+        None if they are known.
+    """
 
     name = "open_clip"
     towers: tuple[str, ...] = ("visual",)
+    assumed: tuple[str, ...] | None = None
 
     def __init__(self, network: Any, config: str) -> None:
         self.network = network
@@ -119,6 +128,12 @@ class OpenClip:
         """Return the settings of the preprocessing."""
         return {f"image_{name}": plain(value) for name, value in self.network.visual.preprocess_cfg.items()}
 
+    def preprocess_as(self, other: OpenClip) -> None:
+        """Take the other's preprocessing but for the size of the images, which is the network's own."""
+        visual = self.network.visual
+        visual.preprocess_cfg = {**other.network.visual.preprocess_cfg, "size": visual.preprocess_cfg["size"]}
+        self.__dict__.pop("image_processor", None)
+
     def vocabulary(self) -> Mapping[str, int] | None:
         """Return the tokens with their numbers, None if the tokenizer shows none."""
         try:
@@ -153,8 +168,8 @@ def _created(config: str, where: object, **options: Any) -> Any:
         torch.set_rng_state(random)
 
 
-def _untrained(config: str, where: object) -> Any:
-    return _created(config, where, load_weights=False, pretrained_image=False, pretrained_text=False)
+def _untrained(config: str, where: object, **options: Any) -> Any:
+    return _created(config, where, load_weights=False, pretrained_image=False, pretrained_text=False, **options)
 
 
 def check_name(name: str) -> None:
@@ -198,7 +213,10 @@ def read_tag(name: str, tag: str) -> OpenClip:
 def read_file(name: str, tensors: Tensors, where: Path) -> tuple[OpenClip, bool]:
     """Return a model of a named configuration with these weights, and whether they held one of its towers only."""
     check_name(name)
-    return _filled(_untrained(name, name), tensors, name, where)
+    settings, said = preprocessing_of(name)
+    library, lone = _filled(_untrained(name, name, force_preprocess_cfg=settings), tensors, name, where)
+    library.assumed = (*said, *activation_of(name))
+    return library, lone
 
 
 def read_directory(where: Path, tensors: Tensors) -> OpenClip:

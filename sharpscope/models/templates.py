@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sharpscope.classnames import read_text
 from sharpscope.errors import UsageError
 
 DEFAULT = ("a photo of a {}.",)
@@ -37,12 +38,12 @@ def read_templates(path: str | Path) -> tuple[str, ...]:
     Raises
     ------
     UsageError
-        If there is no such file, or a line is no template.
+        If there is no such file, it is no UTF-8, or a line is no template.
     """
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"there is no file of templates at {file}", _FIX)
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     try:
         lines = json.loads(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:

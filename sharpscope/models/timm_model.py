@@ -16,7 +16,7 @@ from sharpscope.models.library import plain
 from sharpscope.models.tensors import Tensors
 from sharpscope.models.transfer import lacking, load_into
 
-_HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "head.l.weight")
+_HEADS = ("head.fc", "head", "fc", "classifier", "head.l")  # of architectures that timm has no word of
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
@@ -48,10 +48,17 @@ def read_pretrained(name: str) -> nn.Module:
 
 def read_file(name: str, tensors: Tensors) -> nn.Module:
     """Return a model of a named architecture with these weights; the head tells the number of classes."""
-    classes = next((len(tensors[head]) for head in _HEADS if head in tensors), 0)
+    weights = (f"{head}.weight" for head in (*_heads(name), *_HEADS))
+    classes = next((len(tensors[weight]) for weight in weights if weight in tensors), 0)
     network = _made(name, pretrained=False, num_classes=classes)
     load_into(network, tensors.fitting(lacking(network, ())), tensors.where)
     return network
+
+
+def _heads(name: str) -> tuple[str, ...]:
+    """Return what timm calls the last layer of an architecture, or the layers of one with several heads."""
+    found = getattr(imported("timm").get_pretrained_cfg(name), "classifier", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def read_directory(where: Path, tensors: Tensors) -> tuple[nn.Module, list[str] | None]:
@@ -70,13 +77,24 @@ def read_directory(where: Path, tensors: Tensors) -> tuple[nn.Module, list[str] 
     return network, [str(name) for name in names] if names else None
 
 
+def is_wrapped(network: nn.Module) -> bool:
+    """Return whether this is a model of timm inside transformers' ``TimmWrapperForImageClassification``."""
+    return hasattr(network, "timm_model")
+
+
+def _settings(network: nn.Module) -> dict[str, Any]:
+    # The wrapper has no preprocessor_config.json: what timm would keep on the network lies in its config.json.
+    stored = getattr(network.config, "pretrained_cfg", None) if is_wrapped(network) else None
+    inner = network.timm_model if is_wrapped(network) else network
+    found: dict[str, Any] = imported("timm").data.resolve_model_data_config(inner, pretrained_cfg=stored)
+    return found
+
+
 def data_config(network: nn.Module) -> dict[str, Any]:
     """Return size, mean, standard deviation, interpolation and crop that the model was made for."""
-    found = imported("timm").data.resolve_model_data_config(network)
-    return {name: plain(value) for name, value in found.items()}
+    return {name: plain(value) for name, value in _settings(network).items()}
 
 
 def transform(network: nn.Module) -> Any:
     """Return the function from a PIL image to the model's input."""
-    timm = imported("timm")
-    return timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+    return imported("timm").data.create_transform(**_settings(network), is_training=False)

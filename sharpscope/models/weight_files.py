@@ -63,6 +63,7 @@ class SafetensorsFile:
                 self.metadata: dict[str, str] = file.metadata() or {}
                 self.specs = {key: _spec(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         except UNREADABLE as error:
+            _check_suffix(path, error)
             raise damaged(path, error) from error
 
     def tensor(self, key: str) -> Tensor:
@@ -154,6 +155,23 @@ def damaged(place: Path, error: BaseException) -> ModelError:
     return ModelError(f"{place} cannot be read: {first_line(error)}", AGAIN)
 
 
+def _check_suffix(file: Path, error: BaseException) -> None:
+    """Raise if the file is of the other format than its name says, which decides how it is read."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        head = opened.read(9)
+    named = file.suffix == ".safetensors"
+    if named and head.startswith((b"PK\x03\x04", b"\x80")):
+        raise ModelError(
+            f"{file} is no safetensors file, it begins as what torch.save writes", f"name it {file.stem}.pt"
+        ) from error
+    if not named and head[8:] == b"{":  # the length of a header in JSON, then the header
+        raise ModelError(
+            f"{file} is a safetensors file, its name says what torch.save writes", f"name it {file.stem}.safetensors"
+        ) from error
+
+
 class _Besides:
     """Stands for a number of numpy's, so that no code of numpy's is run for it."""
 
@@ -190,6 +208,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
         except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
             found = _loaded(file, "cpu", mapped=False)
     except pickle.UnpicklingError as error:
+        _check_suffix(file, error)
         with file.open("rb") as opened:
             head = opened.read(16)
         if not head.startswith((b"\x80", b"PK")) and "GLOBAL" not in str(error):
@@ -201,6 +220,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
                 f"{file} is a TorchScript archive, a program, as OpenAI's original files are",
                 "oc:NAME/openai; or, if you trust its source: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
             ) from error
+        _check_suffix(file, error)
         raise damaged(file, error) from error
     if not isinstance(found, dict):
         raise ModelError(f"{file} holds a {type(found).__name__}, no state dict", STATE_DICT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from saved import moved, pixels
 from saved_libraries import KINDS
 
 from sharpscope.errors import DataError, MismatchError, ModelError, UsageError
-from sharpscope.models import load, load_pair, pair
+from sharpscope.models import load, load_pair, pair, timm_model
 
 timm = pytest.importorskip("timm")
 
@@ -34,6 +36,31 @@ def test_a_name_and_a_file_make_the_network_with_its_classes(tuned):
     assert model.network.num_classes == 7
     assert model.where == file
     assert torch.equal(model.network(pixels(160)), network(pixels(160)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["efficientvit_m0", "efficientvit_b0", "legacy_seresnet18", "inception_next_atto", "repvit_m0_9", "levit_128s"],
+)
+def test_the_head_is_found_by_the_name_that_timm_has_for_it(name, tmp_path):
+    network = timm.create_model(name, num_classes=7).eval()
+    save_file(network.state_dict(), tmp_path / "ft.safetensors")
+    found = load(f"timm:{name}/{tmp_path / 'ft.safetensors'}").network
+    assert found.num_classes == 7
+    assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_names_a_weight_with_a_row_per_class():
+    from timm.models._registry import _model_to_module
+
+    families = {(_model_to_module[name], str(timm_model._heads(name))): name for name in timm.list_models()}
+    assert len(families) > 90
+    for name in families.values():
+        with torch.device("meta"):
+            weights = timm.create_model(name, num_classes=7919).state_dict()  # a prime that is no width
+        rows = {key for key, tensor in weights.items() if tensor.shape[:1] == (7919,) and key.endswith("weight")}
+        assert {f"{head}.weight" for head in timm_model._heads(name) if rows} == rows, name
 
 
 def test_the_preprocessing_is_that_of_timms_data_configuration(tuned):
@@ -84,6 +111,32 @@ def test_another_number_of_classes_is_refused(tuned, tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "five.pt")
     with pytest.raises(MismatchError, match=r"'head.weight' is \(5, 64\), the architecture has \(7, 64\)"):
         load_pair(f"timm:test_vit/{tuned[1]}", tmp_path / "five.pt")
+
+
+def wrapped(folder, stored=None):
+    """A model of timm that transformers saved around its own way of loading; return what transformers reads it with."""
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor
+
+    names = {"id2label": dict(enumerate(("red", "green"))), "label2id": {"red": 0, "green": 1}}
+    options = {} if stored is None else {"pretrained_cfg": stored}
+    config = TimmWrapperConfig(architecture="test_vit", num_labels=2, **names, **options)
+    network = TimmWrapperForImageClassification(config).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        network.save_pretrained(folder)
+    return network, None if stored is None else TimmWrapperImageProcessor.from_pretrained(folder)
+
+
+def test_a_model_of_timm_in_transformers_has_the_preprocessing_of_its_configuration(tmp_path):
+    image = Image.linear_gradient("L").convert("RGB").resize((211, 180))
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    stored = {"input_size": [3, 160, 160], "mean": mean, "std": std, "interpolation": "nearest", "crop_pct": 0.9}
+    _, processor = wrapped(tmp_path / "own", stored)
+    model = load(tmp_path / "own")
+    assert torch.equal(model.preprocess(image), processor(image)["pixel_values"][0])
+    assert (model.classes, model.preprocessing()["mean"]) == (("red", "green"), mean)
+    network, _ = wrapped(tmp_path / "bare")  # as one made of its architecture's name alone: that of the architecture
+    usual = timm.data.create_transform(**timm.data.resolve_model_data_config(network.timm_model), is_training=False)
+    assert torch.equal(load(tmp_path / "bare").preprocess(image), usual(image))
 
 
 def test_class_names_come_from_the_directory_and_are_compared_with_the_data(tmp_path):
