@@ -172,7 +172,7 @@ def test_each_rung_of_the_ladder_has_its_words(rung: str, words: str) -> None:
     result = planted(**SMALL)
     table = FULL.stragglers
     verdicts = table["verdict"].where(table["layer"] != STRAGGLER, rung)
-    result.__dict__["stragglers"] = table.assign(verdict=verdicts)
+    result.__dict__["_stragglers"] = table.assign(verdict=verdicts)
     assert co_moving(result).startswith(words)
 
 
