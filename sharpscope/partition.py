@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.naming import Place, part, places
 
 Granularity = Literal["tower", "block", "part", "tensor"]
@@ -133,13 +133,17 @@ def partition(
 def _compiled(layer: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UsageError(
             f"the pattern {pattern!r} of {layer!r} is no regular expression: {error}", r"e.g. '\.qkv\.'"
         ) from error
 
 
 def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(patterns, Mapping):
+        raise UsageError(
+            f"patterns={patterns!r}: needs layer ids with regular expressions", r"e.g. patterns={'mixers': r'\.qkv\.'}"
+        )
     compiled = {layer: _compiled(layer, pattern) for layer, pattern in patterns.items()}
     own = {}
     for name in names:
@@ -167,7 +171,14 @@ def layers(model: Any, granularity: Granularity = "block", patterns: Mapping[str
         Any ``torch.nn.Module``, or what :func:`sharpscope.load` returns.
     granularity, patterns
         See :func:`partition`.
+
+    Raises
+    ------
+    ModelError
+        If it is neither.
     """
     module = getattr(model, "network", model)
+    if not hasattr(module, "named_parameters"):  # torch is not imported here
+        raise ModelError(f"the model is a {type(model).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
     names = [name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
     return partition(names, granularity=granularity, containers=container_names(module), patterns=patterns)

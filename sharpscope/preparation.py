@@ -20,7 +20,7 @@ from sharpscope.job import Job
 from sharpscope.losses import Towers
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
-from sharpscope.objective import Objective, check_additive, check_deterministic, check_finite
+from sharpscope.objective import Objective, check_additive, check_deterministic, check_differentiable, check_finite
 from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, container_names, partition
 from sharpscope.path import Path
@@ -218,6 +218,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    check_differentiable(example, weights, everything.names)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
 
