@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -124,9 +126,21 @@ def _compare(rival: str, module: nn.Module, names: Sequence[str], data: Data, v:
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(name.removeprefix("inner.") in names)
     v = {f"inner.{name}": tensor for name, tensor in v.items()}
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with attention, warnings.catch_warnings(), _environment_kept():
         warnings.simplefilter("ignore")  # the rivals' own: reference cycles, deprecated torch calls
         return RIVALS[rival](theirs, [f"inner.{name}" for name in names], data, v).detach()
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take out of the environment what is put there: torch's compiler, which rivals load, names its cache in it."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 def _version(package: str) -> str | None:
