@@ -158,8 +158,16 @@ def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str
 
 def container_names(module: Any) -> list[str]:
     """Return the names of the submodules that are lists, dicts or Sequentials, the root as ``""``."""
-    kinds = {"Sequential", "ModuleList", "ModuleDict"}
-    return [name for name, sub in module.named_modules() if kinds & {kind.__name__ for kind in type(sub).__mro__}]
+    return _of_kinds(module, "Sequential", "ModuleList", "ModuleDict")
+
+
+def batch_norms(module: Any) -> list[str]:
+    """Return the names of the submodules that are batch norms, also those with frozen statistics."""
+    return _of_kinds(module, "_BatchNorm", "FrozenBatchNorm2d")
+
+
+def _of_kinds(module: Any, *kinds: str) -> list[str]:
+    return [n for n, sub in module.named_modules() if {*kinds} & {kind.__name__ for kind in type(sub).__mro__}]
 
 
 def layers(model: Any, granularity: Granularity = "block", patterns: Mapping[str, str] | None = None) -> Partition:

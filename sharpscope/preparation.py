@@ -22,7 +22,7 @@ from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
 from sharpscope.objective import Objective, check_additive, check_deterministic, check_differentiable, check_finite
 from sharpscope.pairs import differentiated
-from sharpscope.partition import Partition, container_names, partition
+from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
 from sharpscope.plan import Plan
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
@@ -75,7 +75,7 @@ def sharing_of(*models: Any) -> Parallel | None:
 
 
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
-    """Return the path, the constant buffers, and a warning if running statistics lie on the path."""
+    """Return the path, the constant buffers, and a warning if buffers lie on the path."""
     first, second = networks
     check_same_structure(first.buffers, second.buffers, ROLES)
     moving = [n for n, b in first.buffers.items() if b.is_floating_point() and not torch.equal(b, second.buffers[n])]
@@ -84,9 +84,13 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     )
     notes = []
     if moving:
+        wrong = (
+            "batch-norm statistics are wrong between the ends without recalibration"
+            if any(name.rpartition(".")[0] in batch_norms(first.module) for name in moving)
+            else "what was computed from the weights at the ends may be wrong between them"
+        )
         notes.append(
-            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; batch-norm "
-            "statistics are wrong between the ends without recalibration"
+            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; {wrong}"
         )
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
 

@@ -164,3 +164,37 @@ def test_a_scan_is_saved_in_no_file(tmp_path):
     with pytest.raises(OutputError, match=r"notes is a file; a scan is a folder of files\n  fix: save\(FOLDER\)"):
         scan().save(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_merge_of_modules_in_memory_names_a_way_that_works(tmp_path):
+    recommended, zs, ft = scan(alphas=3).recommend(), tmp_path / "zs.pt", tmp_path / "ft.pt"
+    with pytest.raises(UsageError, match=r"a file of its state dict, torch.save\(model.state_dict\(\), FILE\)"):
+        recommended.merge(tmp_path / "new.pt")
+    for place, seed in ((zs, 0), (ft, 1)):
+        torch.save(network(seed).state_dict(), place)
+    assert recommended.merge(tmp_path / "new.pt", zero_shot=zs, fine_tuned=ft).exists()
+
+
+def normed(norm, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(norm(nn.Linear(8, 12)), nn.Linear(12, 3))
+
+
+NORMS = {
+    "spectral": (nn.utils.parametrizations.spectral_norm, "what was computed from the weights at the ends"),
+    "old spectral": (nn.utils.spectral_norm, "what was computed from the weights at the ends"),
+    "batch": (lambda linear: nn.Sequential(linear, nn.BatchNorm1d(12)), "batch-norm statistics are wrong"),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+def test_batch_norm_is_named_only_where_the_buffers_are_its_own(kind):
+    norm, said = NORMS[kind]
+    pair = [normed(norm, seed) for seed in (0, 1)]
+    for model in pair:
+        model(torch.randn(9, 8))  # moves the statistics
+    found = ss.scan(*(m.eval() for m in pair), loader(), alphas=[0, 1], measures=[], progress=False)
+    note = next(note for note in found.meta["warnings"] if "buffers differ" in note)
+    assert said in note
+    assert ("batch-norm" in note) == (kind == "batch")

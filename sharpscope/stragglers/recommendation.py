@@ -72,8 +72,9 @@ class Recommendation:
         out
             Directory or file that is written, see :func:`sharpscope.merge`.
         zero_shot, fine_tuned
-            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, their state
-            dicts. They must be what was scanned: their hashes are compared.
+            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, files of their
+            state dicts: ``torch.save(model.state_dict(), "zs.pt")``. They must be what was scanned: their hashes are
+            compared.
         overwrite
             Replace a merge that is there already.
 
