@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+from sharpscope.counts import whole
 from sharpscope.curvature.graphs import HEADROOM
 from sharpscope.device import own_device
-from sharpscope.errors import UsageError
 
 VECTORS = 12  # in the size of the weights: both ends, gradient, way, probe, image and a few Lanczos vectors
 PEAK = 2.0  # peak with products, over what autograd saves; 1.3 to 2.0 in benchmarks/results/growth-h200.json
@@ -26,8 +26,8 @@ def limited(memory: int | None, device: str | None) -> Iterator[None]:
     UsageError
         If the limit is none.
     """
-    if memory is not None and memory < 1:
-        raise UsageError(f"memory={memory}", "the bytes that the scan may take, e.g. 20 * 2**30")
+    if memory is not None:
+        whole("memory", memory, fix="the bytes that the scan may take, e.g. 20 * 2**30")
     place = own_device(device)
     if memory is None or place.type != "cuda":
         yield

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sharpscope.counts import whole
 from sharpscope.curvature.point import Point
 from sharpscope.data import as_split
 from sharpscope.errors import UsageError, nearest
 from sharpscope.losses import cross_entropy
 from sharpscope.network import logits, network
-from sharpscope.objective import Batch, Objective
+from sharpscope.objective import Batch, Objective, check_differentiable
 from sharpscope.partition import container_names, partition
 from sharpscope.perturbation import moved
 from sharpscope.precision import differentiable
@@ -124,9 +127,21 @@ def _compare(rival: str, module: nn.Module, names: Sequence[str], data: Data, v:
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_(name.removeprefix("inner.") in names)
     v = {f"inner.{name}": tensor for name, tensor in v.items()}
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with attention, warnings.catch_warnings(), _environment_kept():
         warnings.simplefilter("ignore")  # the rivals' own: reference cycles, deprecated torch calls
         return RIVALS[rival](theirs, [f"inner.{name}" for name in names], data, v).detach()
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take out of the environment what is put there: torch's compiler, which rivals load, names its cache in it."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before:
+            del os.environ[name]
 
 
 def _version(package: str) -> str | None:
@@ -162,6 +177,11 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     pandas.DataFrame
         Columns ``against layer quantity difference limit agrees note``; ``difference`` is relative. A rival that fails
         on the model has an infinite difference and its message as note.
+
+    Raises
+    ------
+    UsageError, ModelError, DataError
+        If the limit, the layer, the model or the labels cannot be meant.
     """
     net = network(model, "the model")
     names = tuple(net.parameters)
@@ -169,9 +189,13 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     chosen = layer or list(layers)[-1]
     if chosen not in layers:
         raise UsageError(f"there is no layer {chosen!r}", nearest(chosen, layers))
-    batch = as_split(loader, "data").sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
+    split, limit, seed = as_split(loader, "data"), whole("limit", limit), whole("seed", seed, 0)
+    batch = split.sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
     weights = {**net.buffers, **net.parameters}
     objective = Objective(net.forward, cross_entropy, (Batch(*batch),))
+    with torch.no_grad():
+        split.check_labels(objective.outputs(weights, batch.inputs[:1]).shape[1])
+    check_differentiable(objective, weights, names)
     point, dtype = Point(objective, weights, names), next(iter(net.parameters.values())).dtype
     rows = _itself(point, weights, dtype)
     for rival in (name for name in RIVALS if _version(name)):

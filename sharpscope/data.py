@@ -55,7 +55,8 @@ class Split:
     Raises
     ------
     DataError
-        If the loader shuffles, gives no example, other batches when read again, or batches that cannot be meant.
+        If the loader is none, shuffles, gives no example, other batches when read again, or batches that cannot be
+        meant.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Split:
         self._marks: list[int] = []
         self._numbers: Tensor | None = None
         self._said: tuple[str, ...] = ()
+        loaders.check_iterable(loader, name)
         loaders.check_order(loader, name)
         self._first_pass(progress)
         self._second_look()

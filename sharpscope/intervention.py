@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from sharpscope.counts import whole
 from sharpscope.data import Split
 from sharpscope.errors import UsageError
 from sharpscope.job import Job
@@ -61,8 +62,9 @@ class Interventions:
     cumulative: bool = False
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 2:
-            raise UsageError(f"interventions on limit={self.limit} images: an interval needs 2 or more")
+        if self.limit is not None:
+            fix = "images of a set that moves are judged on: an interval needs 2; None: all"
+            object.__setattr__(self, "limit", whole("intervention_limit", self.limit, 2, fix))
         if self.draws < 2:
             raise UsageError(
                 f"interventions with draws={self.draws}: the spread of random moves needs 2 or more", "draws=3"
@@ -175,12 +177,22 @@ def interventions_from(
     The scan is taken to cost 100 gradients, worth three forwards each, over the images that sharpness is measured
     on, and a forward over all sets, at every alpha; the interventions a sixth of their most: a third of the random
     moves is made, as on the embedded pair, through half of the network. Without OOD sets there are none by default.
+
+    Raises
+    ------
+    UsageError
+        If what is chosen is none of these, or starts from a recommended alpha on a path without both ends.
     """
     if isinstance(chosen, Interventions):
         chosen.check(plan)
         return chosen
-    if chosen is not None:
+    if isinstance(chosen, bool):
         return Interventions(limit) if chosen else None
+    if chosen is not None:  # a number or "no" would be taken for True
+        raise UsageError(
+            f"interventions={chosen!r}: neither yes nor no",
+            "True, False, or settings: Interventions(draws=3)",
+        )
     found = Interventions(limit)
     sharpness = 3 * GRADIENTS * job.curvature_images if plan.measures else 0
     scan = len(plan.alphas) * (sharpness + sum(map(len, job.splits)))

@@ -21,6 +21,15 @@ from sharpscope.objective import Batch
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
+def check_iterable(loader: Any, name: str) -> None:
+    """Raise if nothing can be read from the loader."""
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")) or isinstance(loader, str | type):
+        raise DataError(
+            f"{name!r} is a {type(loader).__name__}, no loader",
+            "a loader of batches (x, y): DataLoader(dataset, batch_size=64), sharpscope.folder(DIR, model)",
+        )
+
+
 def check_order(loader: Any, name: str) -> None:
     """Raise if a ``DataLoader`` draws its examples at random: each reading, and each later scan, would differ."""
     samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Any, Protocol
 
 from sharpscope.curvature.directional import Directional
 from sharpscope.curvature.estimate import Estimates
@@ -15,6 +15,7 @@ from sharpscope.curvature.trace import Trace
 from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.perturbation import AverageMSharpness, MSharpness
+from sharpscope.table import EVALUATIONS
 
 
 class Measure(Protocol):
@@ -52,6 +53,7 @@ MEASURES: dict[str, Measure] = {
     )
 }
 DEFAULT = ("trace", "lambda_max", "m_sharpness")
+TAKEN = ("evaluation", *EVALUATIONS)  # names of cells and rows that say what the model answers
 
 
 def measures_from(chosen: Sequence[str | Measure], group: int | None = None) -> tuple[Measure, ...]:
@@ -60,15 +62,13 @@ def measures_from(chosen: Sequence[str | Measure], group: int | None = None) -> 
     Raises
     ------
     UsageError
-        For an unknown name (with the nearest known one) or one measure twice.
+        For an unknown name (with the nearest known one), what is no measure, or one measure twice.
     """
-    found = []
-    for item in [chosen] if isinstance(chosen, str) else chosen:
-        if isinstance(item, str) and item not in MEASURES:
-            near = get_close_matches(item, MEASURES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"measure {item!r} is unknown", f"{hint}known: {', '.join(MEASURES)}")
-        found.append(_named(item, group) if isinstance(item, str) else item)
+    if chosen is None:
+        raise UsageError("measures=None", "measures=[] for accuracy only")
+    # A single one is plainly meant.
+    given = [chosen] if isinstance(chosen, str) or not isinstance(chosen, Iterable) else chosen
+    found = [_named(item, group) if isinstance(item, str) else _own(item) for item in given]
     names = [measure.name for measure in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"measure {min(twice)!r} is given twice", "one of each per scan")
@@ -76,5 +76,27 @@ def measures_from(chosen: Sequence[str | Measure], group: int | None = None) -> 
 
 
 def _named(name: str, group: int | None) -> Measure:
+    if name not in MEASURES:
+        near = get_close_matches(name, MEASURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"measure {name!r} is unknown", f"{hint}known: {', '.join(MEASURES)}")
     found = MEASURES[name]
     return replace(found, m=group) if isinstance(found, MSharpness) and group is not None else found
+
+
+def _own(measure: Any) -> Measure:
+    """Return the configured measure, whose settings become part of the plan."""
+    name = getattr(measure, "name", None)
+    if isinstance(measure, type) or not callable(measure) or not isinstance(name, str):
+        raise UsageError(
+            f"measure {measure!r} is none: needs a name in text, and a call at a point",
+            f"Trace(relative=0.01), or one of {', '.join(MEASURES)}",
+        )
+    if not is_dataclass(measure):
+        raise UsageError(
+            f"measure {name!r} is no dataclass, so that its settings cannot be kept",
+            f"@dataclasses.dataclass(frozen=True) above class {type(measure).__name__}",
+        )
+    if name in TAKEN:
+        raise UsageError(f"measure name {name!r} stands for an evaluation", "give the measure another name")
+    return measure  # type: ignore[return-value]

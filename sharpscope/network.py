@@ -49,11 +49,12 @@ class Network:
 def logits(outputs: Any) -> Tensor:
     """Return the tensor of a model's output: itself, its ``.logits``, or its first member."""
     found = getattr(outputs, "logits", outputs)
-    found = found[0] if isinstance(found, tuple | list) else found
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+        shape = f" of shape {tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else ""
         raise ModelError(
-            f"the model returned {type(found).__name__}{shape}", "a forward that returns logits of shape (n, classes)"
+            f"the model returned {type(found).__name__}{shape}",
+            "a forward that returns logits of shape (n, classes), floating-point numbers",
         )
     return found
 
@@ -71,10 +72,12 @@ def network(module: nn.Module, role: str) -> Network:
     Raises
     ------
     ModelError
-        If it is no module, is in training mode, or has half-precision weights; the message names the culprit.
+        If it is no module, is wrapped, is in training mode, or has no weights or half-precision ones; the message
+        names the culprit.
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"{role} is a {type(module).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
+    _check_bare(module, role)
     if type(module).__module__.partition(".")[0] in _LIBRARIES and any(hasattr(module, verb) for verb in _CLIP_VERBS):
         raise ModelError(
             f"{role} is a {type(module).__name__} of {type(module).__module__.partition('.')[0]}: of images alone it "
@@ -102,6 +105,8 @@ def network(module: nn.Module, role: str) -> Network:
             "make it outside, or copy.deepcopy(model) there",
         )
     floating = {n: p.detach() for n, p in module.named_parameters() if p.is_floating_point()}
+    if not floating:
+        raise ModelError(f"{role} ({type(module).__name__}) has no floating-point parameters", "a model with weights")
     if half := next((n for n, p in floating.items() if p.dtype in _HALF), None):
         raise ModelError(
             f"{role} has {floating[half].dtype} weights ({half!r}); curvature in half precision is noise",
@@ -113,3 +118,16 @@ def network(module: nn.Module, role: str) -> Network:
 
 def _is_inference(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_inference()
+
+
+def _check_bare(module: nn.Module, role: str) -> None:
+    """Raise for a wrapper whose forward cannot be called with other weights, or not be differentiated twice."""
+    ways = {
+        "DataParallel": "the module inside: model.module",
+        "OptimizedModule": "the module before torch.compile: model._orig_mod",
+    }
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{role} is scripted ({kind})", "the module before torch.jit.script or torch.jit.trace")
+    if kind in ways:
+        raise ModelError(f"{role} is a {kind}: no function of given weights that is differentiable twice", ways[kind])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.errors import MeasurementError, UsageError
+from sharpscope.errors import MeasurementError, ModelError, UsageError
 from sharpscope.losses import COUPLED, Loss
 from sharpscope.ranks import ALONE, Ranks
 from sharpscope.tree import Tree
@@ -219,6 +219,31 @@ def check_additive(objective: Objective, weights: Tree) -> None:
             f"the loss of a batch is {whole:.6g}, that of its halves together {halves:.6g}: it is no sum over examples",
             fix,
         )
+
+
+def check_differentiable(objective: Objective, weights: Tree, names: Iterable[str]) -> None:
+    """Raise unless autograd sees the outputs depend on the named tensors, and the loss on the outputs.
+
+    Cost: a forward of the first batch, with its gradient graph.
+
+    Raises
+    ------
+    ModelError, UsageError
+        If the outputs do not, or the loss does not.
+    """
+    batch, leaves = objective.batches[0], {name: weights[name].detach().requires_grad_() for name in names}
+    with torch.enable_grad(), saving(objective.again):
+        outputs = objective.outputs({**weights, **leaves}, batch.inputs)
+        if not outputs.requires_grad:
+            raise ModelError(
+                "autograd sees no weight in the model's logits, so there is no curvature",
+                "a forward without detach(), torch.no_grad() or torch.inference_mode() around all of it",
+            )
+        if not objective.loss(outputs, batch.targets).requires_grad:
+            raise UsageError(
+                "the loss does not depend on the model's outputs as far as autograd sees",
+                "a function that computes on the outputs it is given, without detach() or .item()",
+            )
 
 
 def check_deterministic(objective: Objective, weights: Tree) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.naming import Place, part, places
 from sharpscope.table import MODEL
 
@@ -143,13 +143,17 @@ def _free(layer: str, taken: Collection[str]) -> str:
 def _compiled(layer: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UsageError(
             f"the pattern {pattern!r} of {layer!r} is no regular expression: {error}", r"e.g. '\.qkv\.'"
         ) from error
 
 
 def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(patterns, Mapping):
+        raise UsageError(
+            f"patterns={patterns!r}: needs layer ids with regular expressions", r"e.g. patterns={'mixers': r'\.qkv\.'}"
+        )
     if MODEL in patterns:
         raise UsageError(f"a layer of patterns is called {MODEL!r}, which stands for the whole network", "another id")
     compiled = {layer: _compiled(layer, pattern) for layer, pattern in patterns.items()}
@@ -166,8 +170,16 @@ def _by_pattern(names: Collection[str], patterns: Mapping[str, str]) -> dict[str
 
 def container_names(module: Any) -> list[str]:
     """Return the names of the submodules that are lists, dicts or Sequentials, the root as ``""``."""
-    kinds = {"Sequential", "ModuleList", "ModuleDict"}
-    return [name for name, sub in module.named_modules() if kinds & {kind.__name__ for kind in type(sub).__mro__}]
+    return _of_kinds(module, "Sequential", "ModuleList", "ModuleDict")
+
+
+def batch_norms(module: Any) -> list[str]:
+    """Return the names of the submodules that are batch norms, also those with frozen statistics."""
+    return _of_kinds(module, "_BatchNorm", "FrozenBatchNorm2d")
+
+
+def _of_kinds(module: Any, *kinds: str) -> list[str]:
+    return [n for n, sub in module.named_modules() if {*kinds} & {kind.__name__ for kind in type(sub).__mro__}]
 
 
 def layers(model: Any, granularity: Granularity = "block", patterns: Mapping[str, str] | None = None) -> Partition:
@@ -179,7 +191,14 @@ def layers(model: Any, granularity: Granularity = "block", patterns: Mapping[str
         Any ``torch.nn.Module``, or what :func:`sharpscope.load` returns.
     granularity, patterns
         See :func:`partition`.
+
+    Raises
+    ------
+    ModelError
+        If it is neither.
     """
     module = getattr(model, "network", model)
+    if not hasattr(module, "named_parameters"):  # torch is not imported here
+        raise ModelError(f"the model is a {type(model).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
     names = [name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
     return partition(names, granularity=granularity, containers=container_names(module), patterns=patterns)

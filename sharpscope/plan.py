@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sharpscope.counts import is_whole, whole
 from sharpscope.errors import UsageError
 from sharpscope.losses import Loss, Towers, cross_entropy
 from sharpscope.measures import Measure
@@ -22,14 +23,33 @@ def alphas_from(chosen: int | Sequence[float]) -> tuple[float, ...]:
     >>> alphas_from(3)
     (0.0, 0.5, 1.0)
     """
-    if isinstance(chosen, int):
-        if chosen < 2:
-            raise UsageError(f"alphas={chosen}: a path has two ends at least", "alphas=11, or a list of points")
-        return tuple(round(i / (chosen - 1), 12) for i in range(chosen))
-    points = tuple(sorted(round(float(alpha), 12) for alpha in chosen))  # linspace's are those of a number of points
+    if is_whole(chosen):
+        count = whole("alphas", chosen, 2, "a path has two ends at least: alphas=11, or a list of points")
+        return tuple(round(i / (count - 1), 12) for i in range(count))
+    found = _numbers(chosen)
+    points = tuple(sorted(round(alpha, 12) for alpha in found))  # linspace's are those of a number of points
     if not points or not np.isfinite(points).all() or len(set(points)) < len(points):
-        raise UsageError(f"alphas={list(chosen)}: needs distinct finite numbers", "e.g. alphas=[0, 0.5, 1]")
+        raise UsageError(f"alphas={found}: needs distinct finite numbers", "e.g. alphas=[0, 0.5, 1]")
     return points
+
+
+def _numbers(chosen: Any) -> list[float]:
+    try:
+        if isinstance(chosen, str):  # its characters would be numbers
+            raise TypeError
+        return [float(alpha) for alpha in chosen]
+    except (TypeError, ValueError) as refusal:
+        fix = "alphas=11, or a list of points, e.g. alphas=[0, 0.5, 1]"
+        raise UsageError(f"alphas={chosen!r}: needs a whole number of points, or the points", fix) from refusal
+
+
+# Settings that are whole numbers: the least, and what to give instead.
+_WHOLE = {
+    "seed": (0, "e.g. seed=0; the same seed gives the same numbers"),  # numpy's generators take none below 0
+    "limit": (1, "e.g. limit=256; None: all"),
+    "batch_size": (1, "e.g. batch_size=64"),
+    "chains": (1, "chains=1, or as many as there are processes"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +70,18 @@ class Plan:
     objective: Towers = "image"  # what the loss is a function of
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chains <= len(self.alphas):
+        for name, (least, fix) in _WHOLE.items():
+            if name != "limit" or self.limit is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name), least, fix))
+        if not callable(self.loss):
+            raise UsageError(
+                f"loss={self.loss!r} is no loss",
+                "its name, e.g. loss='cross_entropy', or a function of outputs and targets that returns the sum",
+            )
+        if self.chains > len(self.alphas):
             raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")
-        if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
-            raise UsageError(f"limit={self.limit}, batch_size={self.batch_size}: both must be 1 or more")
         if self.precision not in ("highest", "high"):
             raise UsageError(f"precision={self.precision!r}", "'highest', or 'high' for TF32")
-        if self.seed < 0:
-            raise UsageError(f"seed={self.seed}", "0 or more")  # numpy's generators take no other
         check_objective(self.objective, self.loss_name, self.label_smoothing, self.measures, self.batch_size)
 
     @property

@@ -20,9 +20,9 @@ from sharpscope.job import Job
 from sharpscope.losses import Towers
 from sharpscope.merging.scanned import on_disk
 from sharpscope.network import Network, network
-from sharpscope.objective import Objective, check_additive, check_deterministic, check_finite
+from sharpscope.objective import Objective, check_additive, check_deterministic, check_differentiable, check_finite
 from sharpscope.pairs import differentiated
-from sharpscope.partition import Partition, container_names, partition
+from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
 from sharpscope.plan import Plan
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
@@ -76,7 +76,7 @@ def sharing_of(*models: Any) -> Parallel | None:
 
 
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
-    """Return the path, the constant buffers, and a warning if running statistics lie on the path."""
+    """Return the path, the constant buffers, and a warning if buffers lie on the path."""
     first, second = networks
     check_same_structure(first.buffers, second.buffers, ROLES)
     moving = [n for n, b in first.buffers.items() if b.is_floating_point() and not torch.equal(b, second.buffers[n])]
@@ -85,9 +85,13 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     )
     notes = []
     if moving:
+        wrong = (
+            "batch-norm statistics are wrong between the ends without recalibration"
+            if any(name.rpartition(".")[0] in batch_norms(first.module) for name in moving)
+            else "what was computed from the weights at the ends may be wrong between them"
+        )
         notes.append(
-            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; batch-norm "
-            "statistics are wrong between the ends without recalibration"
+            f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; {wrong}"
         )
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
 
@@ -221,6 +225,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    check_differentiable(example, weights, everything.names)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
 

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from sharpscope import journal
-from sharpscope.errors import UsageError
+from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import replace_text as _replace
+from sharpscope.leftovers import plan_in, remove_page
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -101,7 +102,9 @@ class ScanResult:
         for cell in self.cells:
             alpha, split, measure = cell.key.split("|", 2)
             if measure == "evaluation":
-                found[float(alpha), split] = cell.arrays[name]
+                view = cell.arrays[name].view()
+                view.flags.writeable = False  # what is written there would be saved
+                found[float(alpha), split] = view
         return found
 
     @property
@@ -133,14 +136,18 @@ class ScanResult:
         answers = {place: Answers(correct, confidence[place]) for place, correct in self.correct.items()}
         return label_free(answers, self.id_split, self.ood_splits)
 
-    @cached_property
+    @property
     def stragglers(self) -> pd.DataFrame:
         """One row per layer and measure: does its sharpness run with the mean OOD error, and does chance do as well.
 
         Columns as of :func:`~sharpscope.stragglers.correlation.co_movement`, then ``delta_norm relative_delta``.
         Empty without OOD sets that have labels.
         """
-        return self.co_movement(interventions=self.interventions)
+        return self._stragglers.copy()  # frames are the caller's to edit, numbers are not
+
+    @cached_property
+    def _stragglers(self) -> pd.DataFrame:
+        return self.co_movement(interventions=self._interventions)
 
     def co_movement(self, statistic: Statistic = "kendall", interventions: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return the table of :attr:`stragglers` with another correlation (``"spearman"``, ``"pearson"``).
@@ -179,13 +186,17 @@ class ScanResult:
         generator = np.random.default_rng([abs(self.meta["seed"]), 1])
         return error_draws(correct, labelled, alphas, BOOTSTRAPS, generator)
 
-    @cached_property
+    @property
     def interventions(self) -> pd.DataFrame:
         """What moving one layer alone does to accuracy, see :func:`~sharpscope.stragglers.effects.effects`.
 
         One row per layer, base and set: ``layer question base alpha split effect low high control control_low
         control_high draws n supported``. Empty if interventions were not run.
         """
+        return self._interventions.copy()
+
+    @cached_property
+    def _interventions(self) -> pd.DataFrame:
         layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
         return effects.effects(self.cells, settings, layers, self.id_split, self.ood_splits)
 
@@ -200,13 +211,17 @@ class ScanResult:
         found = candidates(self.cells, self.meta.get("recipes"), self.correct)
         return Contest(found, self.id_split, self.ood_splits, self.meta["seed"])
 
-    @cached_property
+    @property
     def recipes(self) -> pd.DataFrame:
         """One row per recipe that was tried, see :meth:`sharpscope.stragglers.recipes.Contest.frame`.
 
         ``recipe kind id ood id_low id_high ood_low ood_high versus_uniform low high score chosen``. Without a search
         these are the uniform alphas; empty if a set has a single image, as choosing and quoting take a half each.
         """
+        return self._recipes.copy()
+
+    @cached_property
+    def _recipes(self) -> pd.DataFrame:
         if min(map(len, self.correct.values()), default=0) < 2:
             return pd.DataFrame(columns=list(RECIPES))
         return self._contest.frame()
@@ -255,11 +270,21 @@ class ScanResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``scan.json``, ``cells.jsonl``, ``correct.npz`` and the frames as CSV; return the folder.
 
-        Without ``scan.json``, which goes first and comes last, a folder is not taken for a scan.
+        Without ``scan.json``, which goes first and comes last, a folder is not taken for a scan. The page of another
+        scan in the folder is removed.
+
+        Raises
+        ------
+        OutputError
+            If there is a file in the folder's place.
         """
         out, names = Path(folder), ("layers", "evals", "stragglers", "interventions", "recipes")
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
         tables = {name: getattr(self, name).to_csv(index=False) for name in names}  # takes long: before all else
         out.mkdir(parents=True, exist_ok=True)
+        if plan_in(out) not in (None, self.meta["plan"]):
+            remove_page(out)
         (out / "scan.json").unlink(missing_ok=True)
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
         lines = [header, *map(journal.encode, self.cells)]

@@ -13,6 +13,7 @@ from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
+from sharpscope.leftovers import remove_page
 from sharpscope.losses import Loss, Towers, loss_from, name_of
 from sharpscope.measurement import measured
 from sharpscope.measures import DEFAULT, Measure, measures_from
@@ -163,7 +164,7 @@ def scan(
     with joined() as ranks, matmul_precision(precision), limited(memory, device):
         shared = parallel_from(parallel or sharing_of(model_a, model_b), plan.chains, ranks)
         show = progress if ranks.leads else False
-        splits = _splits(loader, ood or {}, sharpness_on, show)
+        splits = _splits(loader, _sets(ood), sharpness_on, show)
         job = prepare((model_a, model_b), *splits, plan, patterns, device, ranks, shared, memory)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
@@ -185,6 +186,17 @@ def scan(
                     result.save(folder)
                 Memory(folder).clear()
     return result
+
+
+def _sets(ood: Any) -> Mapping[str, Any]:
+    """Return the OOD sets by name, none for None."""
+    if ood is None:
+        return {}
+    if not isinstance(ood, Mapping):
+        raise UsageError(f"ood is a {type(ood).__name__}: needs loaders by name", "ood={'sketch': loader}")
+    if odd := [name for name in ood if not isinstance(name, str)]:
+        raise UsageError(f"ood has a set called {odd[0]!r}: needs names in text", "ood={'sketch': loader}")
+    return ood
 
 
 def _splits(
@@ -223,6 +235,7 @@ def _discard(folder: FilePath) -> None:
     """Remove what makes the folder a finished scan, so that none seems to be there until the new one is."""
     with writing(folder):
         (folder / "scan.json").unlink(missing_ok=True)
+        remove_page(folder)
         Memory(folder).clear()
 
 

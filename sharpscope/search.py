@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sharpscope.counts import whole
 from sharpscope.errors import UsageError
 from sharpscope.evaluate import per_example
 from sharpscope.job import Job
@@ -47,8 +48,8 @@ class RecipeSearch:
     sparse: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1:
-            raise UsageError(f"a recipe search of {self.evaluations} evaluations: 1 or more")
+        fix = "recipes that are tried, e.g. RecipeSearch(evaluations=60)"
+        object.__setattr__(self, "evaluations", whole("evaluations", self.evaluations, fix=fix))
 
 
 Tried = Generator[Cell, None, float]  # yields the cells of a trial, returns its score
@@ -161,15 +162,20 @@ class Search:
         return projections(distances, norms, self.alpha)
 
 
-def recipes_from(chosen: bool | RecipeSearch, job: Job, plan: Plan) -> RecipeSearch | None:
-    """Return the search meant.
+def recipes_from(chosen: bool | RecipeSearch | None, job: Job, plan: Plan) -> RecipeSearch | None:
+    """Return the search meant, None for none.
 
     Raises
     ------
     UsageError
-        If the path lacks an end, as there is then no uniform alpha to beat, or a layer to be made sparse is unknown.
+        If what is chosen is neither yes nor no nor a search, the path lacks an end, as there is then no uniform alpha
+        to beat, or a layer to be made sparse is unknown.
     """
-    found = chosen if isinstance(chosen, RecipeSearch) else RecipeSearch() if chosen else None
+    if not isinstance(chosen, bool | RecipeSearch | None):  # a number or "no" would be taken for True
+        raise UsageError(
+            f"recipes={chosen!r}: neither yes nor no", "True, False, or settings: RecipeSearch(evaluations=60)"
+        )
+    found = RecipeSearch() if chosen is True else chosen or None
     if found and not {0.0, 1.0} <= set(plan.alphas):
         raise UsageError(
             f"alphas {list(plan.alphas)} lack an end point: there is no best uniform alpha that recipes could beat",

@@ -343,7 +343,7 @@ def test_by_default_they_run_where_there_are_ood_sets_and_they_cost_less_than_th
     [
         (lambda: Interventions(draws=1), "draws=1: the spread of random moves needs 2"),
         (lambda: Interventions(most=38), "most=38: of fewer than 39 random moves even the farthest"),
-        (lambda: Interventions(limit=1), "limit=1 images: an interval needs 2"),
+        (lambda: Interventions(limit=1), r"limit=1: needs a whole number, 2 or more\n  fix: .* an interval needs 2"),
         (
             lambda: scanned(*pair("mlp"), chosen=Interventions(recommended=True), alphas=[0.0, 0.5]),
             r"alphas \[0.0, 0.5\] lack an end point",

@@ -25,7 +25,9 @@ from sharpscope.report.exhibits import exhibits
 from sharpscope.report.page import render, write
 from sharpscope.report.tables import provenance
 from sharpscope.report.verdict import co_moving, verdict
+from sharpscope.report.words import MINUS, interval
 from sharpscope.result import ScanResult
+from sharpscope.stragglers.paired import Difference
 from sharpscope.stragglers.recommendation import halves
 from sharpscope.summary import as_html, as_text
 from sharpscope.table import MODEL, Cell, Row, cell_key
@@ -172,7 +174,7 @@ def test_each_rung_of_the_ladder_has_its_words(rung: str, words: str) -> None:
     result = planted(**SMALL)
     table = FULL.stragglers
     verdicts = table["verdict"].where(table["layer"] != STRAGGLER, rung)
-    result.__dict__["stragglers"] = table.assign(verdict=verdicts)
+    result.__dict__["_stragglers"] = table.assign(verdict=verdicts)
     assert co_moving(result).startswith(words)
 
 
@@ -328,6 +330,15 @@ def test_writing_twice_gives_the_same_bytes_in_the_same_place(tmp_path: Path) ->
         *(f"{kind}-{m}" for kind in ("heatmap", "health") for m in result.meta["measures"]),
     }
     assert first.keys() == {"index.html", *(f"{name}.svg" for name in names)}
+
+
+@pytest.mark.parametrize("near", [0.04, 0.0004, 0.00004, 0.000004])
+@pytest.mark.parametrize("side", [1, -1])
+def test_an_interval_off_zero_never_reads_as_touching_it(near: float, side: int) -> None:
+    low, high = sorted((side * near / 100, side * 0.105))
+    text = interval(Difference(side * 0.05, low, high)).replace(MINUS, "-")
+    assert all(float(end) * side > 0 for end in text.split(" to "))
+    assert interval(Difference(0.0, -near / 100, near / 100)) == "0.0 to 0.0"
 
 
 def test_what_was_not_run_is_said_in_a_sentence_with_the_way_to_it() -> None:

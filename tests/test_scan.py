@@ -190,7 +190,7 @@ def test_alphas_that_cannot_be_meant_are_refused(alphas):
 
 
 def test_a_seed_below_zero_is_refused():
-    with pytest.raises(UsageError, match=r"seed=-1\n  fix: 0 or more"):
+    with pytest.raises(UsageError, match=r"seed=-1: needs a whole number, 0 or more"):
         sharpscope.scan(*pair("mlp"), loader(), seed=-1)
 
 

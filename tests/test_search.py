@@ -195,7 +195,7 @@ def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_me
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a, b: RecipeSearch(0), "of 0 evaluations"),
+        (lambda a, b: RecipeSearch(0), "evaluations=0: needs a whole number, 1 or more"),
         (lambda a, b: sharpscope.scan(a, b, ID, recipes=True, **{**SETTINGS, "alphas": [0, 0.5]}), "lack an end point"),
         (lambda a, b: sharpscope.scan(a, b, ID, recipes=RecipeSearch(sparse=("x",)), **SETTINGS), "no layer 'x'"),
         (lambda a, b: sharpscope.scan(a, b, ID, **SETTINGS).recommend(per_layer=True), "no recipes were tried"),

@@ -52,6 +52,12 @@ def cohort(count, seed=0, **columns):
     ]
 
 
+def hashed(mark):
+    result = cohort(1)[0]
+    result.meta["models"]["fine_tuned"] = {"name": "h", "hash": mark}
+    return result
+
+
 def found(results, target="OOD accuracy", given="", **knobs):
     table = sharpscope.across_models(results, at=1.0, measure="trace", **knobs)
     return table[(table["target"] == target) & (table["given"] == given)].set_index("predictor")
@@ -193,6 +199,16 @@ def test_the_table_repeats_itself():
 
 
 BAD = {
+    "one result twice": (
+        lambda: [*cohort(5), *cohort(1)] + (same := cohort(1)) + same,
+        {},
+        r"model 6 \(run 0\) and model 7 \(run 0\) have the same fine-tuned weights",
+    ),
+    "one hash twice": (
+        lambda: [*cohort(5), hashed("ab12"), hashed("cd34"), hashed("ab12")],
+        {},
+        r"model 5 \(h\) and model 7 \(h\) have the same fine-tuned weights",
+    ),
     "four models": (lambda: cohort(4), {}, "4 models are too few to correlate over"),
     "alpha": (
         lambda: cohort(5),

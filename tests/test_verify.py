@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +43,20 @@ def test_a_wrong_product_is_noticed(monkeypatch):
     monkeypatch.setattr(Point, "product", lambda self, v: {n: 1.01 * t for n, t in right(self, v).items()})
     found = sharpscope.verify(made("conv"), loader())
     assert not found[found["quantity"] == "finite difference"]["agrees"].item()
+
+
+@pytest.mark.skipif("curvlinops" not in expected(), reason="torch's compiler is loaded by it")
+def test_the_environment_is_left_as_it_was():
+    code = """
+import os, torch, sharpscope
+before = dict(os.environ)
+net = torch.nn.Linear(3, 2).eval()
+sharpscope.verify(net, [(torch.randn(4, 3), torch.arange(4) % 2)])
+print(*(os.environ.keys() ^ before.keys()))
+"""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    done = subprocess.run([sys.executable, "-c", code], env=inherited, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_a_layer_can_be_named():

@@ -55,7 +55,7 @@ def scanned_plan(
     recipe
         Layer patterns and alphas.
     zero_shot, fine_tuned
-        Where the checkpoints are, if not where the scan read them, or if it was of modules in memory.
+        Where the checkpoints are, if not where the scan read them; of modules in memory, files of their state dicts.
 
     Raises
     ------
@@ -81,7 +81,8 @@ def _verified(role: str, facts: Mapping[str, Any], given: str | Path | None) -> 
     if place is None:
         raise UsageError(
             f"the scan does not say where the weights of its {_ROLES[role]} model ({facts['name']}) are",
-            f"--{role.replace('_', '-')} FILE ({role}=FILE): the checkpoint or state dict it was loaded from",
+            f"--{role.replace('_', '-')} FILE ({role}=FILE): the checkpoint it was loaded from; of a module in memory "
+            "a file of its state dict, torch.save(model.state_dict(), FILE)",
         )
     weights = read_weights(place)
     if "sha256" in facts:

@@ -16,6 +16,7 @@ from sharpscope.report.words import (
     MINUS,
     alpha_text,
     count,
+    interval,
     layer_name,
     listed,
     measure_name,
@@ -26,6 +27,7 @@ from sharpscope.report.words import (
 )
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.effects import MEAN_OOD
+from sharpscope.stragglers.paired import Difference
 from sharpscope.stragglers.standing import NECESSARY
 from sharpscope.table import MODEL
 
@@ -118,11 +120,11 @@ def intervention_answer(result: ScanResult) -> str:
         )
     top = shown.loc[shown["effect"].abs().idxmax()]
     way = "back to zero-shot" if top["question"] == NECESSARY else "to fine-tuned"
-    effect, low, high, control = (points(float(top[key]) / 100) for key in ("effect", "low", "high", "control"))
+    found = Difference(*(float(top[key]) / 100 for key in ("effect", "low", "high")))
     return (
         f"{len(shown)} of {count(len(aimed), 'move')} count{'s' if len(shown) == 1 else ''}. Largest: "
-        f"{layer_name(str(top['layer']))} {way} in base {top['base']} changes {name} accuracy by {effect} points "
-        f"({low} to {high}), random moves as long by {control}."
+        f"{layer_name(str(top['layer']))} {way} in base {top['base']} changes {name} accuracy by {points(found.value)} "
+        f"points ({interval(found)}), random moves as long by {points(float(top['control']) / 100)}."
     )
 
 

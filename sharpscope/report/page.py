@@ -28,6 +28,7 @@ from sharpscope.report.verdict import co_moving, verdict
 from sharpscope.result import ScanResult
 
 AUDIT = "spd.jsonl"
+OURS = "<title>sharpscope: "  #: in every page
 Drawn = tuple[Exhibit, str | None]  #: with its drawing, None if the result holds nothing to draw
 
 
@@ -70,6 +71,17 @@ def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = 
             _replace(place / "figures" / f"{exhibit.name}.svg", document)
     _remove_stale(place / "figures", {exhibit.name for exhibit, document in drawn if document is not None})
     return _replace(place / "index.html", _page(result, drawn, read_gate(place / CHECK)))
+
+
+def remove(folder: str | Path) -> None:
+    """Remove what :func:`write` and ``sharpscope check`` left in the folder; a page by somebody else stays."""
+    place = Path(folder)
+    index, findings = place / "index.html", place / CHECK
+    if index.is_file() and OURS in index.read_text(encoding="utf-8", errors="replace"):
+        index.unlink()
+        _remove_stale(place / "figures", set())
+    if read_gate(findings) is not None:
+        findings.unlink()
 
 
 def _remove_stale(folder: Path, kept: set[str]) -> None:

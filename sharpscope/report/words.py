@@ -20,6 +20,7 @@ MEASURES = {
     "m_sharpness": "worst-case m-sharpness",
 }
 GAUSS_NEWTON = "gauss_newton_"
+MOST = 6  # digits after the point
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -91,14 +92,14 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}{TIED}%" if abs(fraction) < 10 else f"> 999{TIED}%"
 
 
-def points(fraction: float) -> str:
+def points(fraction: float, digits: int = 1) -> str:
     """Return a difference of two fractions in percentage points, always with its sign.
 
     >>> points(0.0321), points(-0.01), points(0.0)
     ('+3.2', '−1.0', '0.0')
     """
-    rounded = round(100 * fraction, 1)
-    return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", MINUS)
+    rounded = round(100 * fraction, digits)
+    return "0.0" if rounded == 0 else f"{rounded:+.{digits}f}".replace("-", MINUS)
 
 
 def p_text(p: float) -> str:
@@ -111,9 +112,18 @@ def p_text(p: float) -> str:
 
 
 def interval(difference: Difference) -> str:
-    """Return the 95 % interval of a difference in percentage points."""
+    """Return the 95 % interval of a difference in percentage points.
+
+    An end that lies off zero is not shown as zero: it has as many digits as that takes.
+
+    >>> interval(Difference(0.05, 0.0003, 0.1)), interval(Difference(0.05, -0.0003, 0.1))
+    ('+0.03 to +10.0', '0.0 to +10.0')
+    """
     low, high = difference.interval
-    return f"{points(low)} to {points(high)}"
+    near, shown = (low if difference.sign > 0 else high), 1
+    while difference.sign and shown < MOST and round(100 * near, shown) == 0:
+        shown += 1
+    return f"{points(low, shown if near == low else 1)} to {points(high, shown if near == high else 1)}"
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -68,10 +68,12 @@ def across_models(
     Raises
     ------
     UsageError
-        For fewer than five models, or models without the alpha, the measure, a common layer or a common OOD set.
+        For fewer than five models, one model twice, or models without the alpha, the measure, a common layer or a
+        common OOD set.
     """
     check(statistic)
     _refuse_few(results)
+    _refuse_twice(results)
     predictors, layers = _predictors(results, at, measure)
     given = {name: _covariate(name, found, len(results)) for name, found in (covariates or {}).items()}
     given[DISTANCE] = predictors[DISTANCE]
@@ -93,6 +95,19 @@ def _refuse_few(results: Sequence[ScanResult]) -> None:
             "opposite, once in twelve times",
             f"scan {NEEDED_MODELS} fine-tuned models or more",
         )
+
+
+def _refuse_twice(results: Sequence[ScanResult]) -> None:
+    """Raise if two results are of the same fine-tuned weights: no independent points."""
+    places: dict[object, int] = {}
+    for place, result in enumerate(results):
+        mark = result.meta.get("models", {}).get("fine_tuned", {}).get("hash", id(result))
+        first = places.setdefault(mark, place)
+        if first != place:
+            raise UsageError(
+                f"{_name(results, first)} and {_name(results, place)} have the same fine-tuned weights",
+                "each fine-tuned model once, every one a training of its own",
+            )
 
 
 def _name(results: Sequence[ScanResult], place: int) -> str:

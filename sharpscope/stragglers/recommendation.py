@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -72,8 +72,9 @@ class Recommendation:
         out
             Directory or file that is written, see :func:`sharpscope.merge`.
         zero_shot, fine_tuned
-            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, their state
-            dicts. They must be what was scanned: their hashes are compared.
+            Where the checkpoints are, if not where the scan read them; of a scan of modules in memory, files of their
+            state dicts: ``torch.save(model.state_dict(), "zs.pt")``. They must be what was scanned: their hashes are
+            compared.
         overwrite
             Replace a merge that is there already.
 
@@ -140,13 +141,14 @@ def recommend(
     Raises
     ------
     UsageError
-        If alpha 0 or 1 was not evaluated, or keep_id is positive or nan.
+        If alpha 0 or 1 was not evaluated, or keep_id is positive, nan or no number.
     """
     alphas = sorted({alpha for alpha, _ in correct})
     if not {0.0, 1.0} <= set(alphas):
         raise UsageError(f"alphas {alphas} lack an end point; the verdict compares with 0 and 1", "scan both ends")
-    if keep_id is not None and not keep_id <= 0:  # nan, too: no alpha would be left to choose from
-        raise UsageError(f"keep_id is {keep_id}: points of ID accuracy to give up, so 0 or less", "e.g. keep_id=-0.5")
+    # Nor nan: no alpha would be left to choose from.
+    if keep_id is not None and not (isinstance(keep_id, SupportsFloat) and keep_id <= 0):
+        raise UsageError(f"keep_id is {keep_id!r}: points of ID accuracy to give up, so 0 or less", "e.g. keep_id=-0.5")
     target = list(ood) or [id_split]
     if small := next((s for s in {*target, id_split} if len(correct[0.0, s]) < 2), None):
         raise UsageError(f"{small!r} has one image; choosing and quoting take one half each", "more images")
