@@ -1,4 +1,4 @@
-"""What another scan left in a folder: its plan, and the page that must not stand beside new numbers."""
+"""What a scan left in a folder: what it says of itself, and the page that must not stand beside new numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from sharpscope.report.gate import CHECK
 
 
-def plan_in(folder: Path) -> Any:
-    """Return the plan of the finished scan in the folder, None if none can be read there."""
+def meta_in(folder: Path) -> dict[str, Any]:
+    """Return the plan and provenance of the finished scan in the folder, nothing if none can be read there."""
     try:
-        return json.loads((folder / "scan.json").read_text(encoding="utf-8"))["plan"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def remove_page(folder: Path) -> None:

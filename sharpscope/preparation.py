@@ -236,24 +236,18 @@ def _same_forward(objective: Objective, networks: tuple[Network, Network], const
     Buffers of integers, attributes and code are not on the path: what differs in them would be the zero-shot model's at
     every alpha. Cost: two forwards of two examples.
     """
-    first, second = networks
     inputs = objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0].inputs
     place = next(iter(path.start.values())).device
-    own = _moved({name: buffer for name, buffer in second.buffers.items() if name in constants}, place)
+    own = _moved({name: buffer for name, buffer in networks[1].buffers.items() if name in constants}, place)
     with torch.no_grad():
         ours = objective.outputs({**constants, **path.end}, inputs)
         try:
-            theirs = replace(objective, forward=second.forward).outputs({**own, **path.end}, inputs)
+            theirs = replace(objective, forward=networks[1].forward).outputs({**own, **path.end}, inputs)
         except RuntimeError as refusal:  # as where a tensor that is no buffer lies on another device
             return [f"the fine-tuned model's own forward was not compared with the zero-shot model's: {refusal}"]
     gap, size = (float(t.abs().max()) for t in (ours - theirs, ours))
     if gap > _SAME * size:
-        kept = first.module.state_dict()
-        differing = [
-            name
-            for name, tensor in second.module.state_dict().items()
-            if name not in path.start and isinstance(tensor, Tensor) and not torch.equal(tensor.cpu(), kept[name].cpu())
-        ]
+        differing = _off_the_path(path, *(net.module.state_dict() for net in networks))
         told = f"{differing[0]!r} differs and is no floating-point tensor" if differing else "code or attributes differ"
         raise MismatchError(
             f"the zero-shot model with the fine-tuned weights gives other outputs than the fine-tuned model, by "
@@ -261,6 +255,13 @@ def _same_forward(objective: Objective, networks: tuple[Network, Network], const
             "two models that differ in floating-point weights alone",
         )
     return []
+
+
+def _off_the_path(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors that differ between the models and are not on the path."""
+    both = [(name, ours.get(name), theirs[name]) for name in theirs if name not in path.start]
+    tensors = [(name, a, b) for name, a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    return [name for name, a, b in tensors if not torch.equal(a.cpu(), b.cpu())]
 
 
 def _classes(objective: Objective, weights: Tree, split: Split) -> int:

@@ -15,7 +15,7 @@ import pandas as pd
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import replace_text as _replace
-from sharpscope.leftovers import plan_in, remove_page
+from sharpscope.leftovers import meta_in, remove_page
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -283,7 +283,7 @@ class ScanResult:
             raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
         tables = {name: getattr(self, name).to_csv(index=False) for name in names}  # takes long: before all else
         out.mkdir(parents=True, exist_ok=True)
-        if plan_in(out) not in (None, self.meta["plan"]):
+        if meta_in(out).get("plan") not in (None, self.meta["plan"]):
             remove_page(out)
         (out / "scan.json").unlink(missing_ok=True)
         header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})

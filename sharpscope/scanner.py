@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
@@ -13,7 +12,7 @@ from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
-from sharpscope.leftovers import remove_page
+from sharpscope.leftovers import meta_in, remove_page
 from sharpscope.losses import Loss, Towers, loss_from, name_of
 from sharpscope.measurement import measured
 from sharpscope.measures import DEFAULT, Measure, measures_from
@@ -241,14 +240,11 @@ def _discard(folder: FilePath) -> None:
 
 def _in_all(meta: Mapping[str, Any], folder: FilePath | None, there: int, now: int) -> dict[str, Any]:
     """Return what the scan cost with what it cost before, if it had ended then; else how many cells were there."""
-    cost = dict(meta["cost"])
+    cost: dict[str, Any] = meta["cost"]
     if not there:
         return cost
-    try:
-        old = json.loads(((folder or FilePath()) / "scan.json").read_text(encoding="utf-8"))
-        before: dict[str, Any] = old["cost"] if old["plan"] == meta["plan"] else {}
-    except (OSError, ValueError, KeyError):
-        before = {}
+    old = {} if folder is None else meta_in(folder)
+    before: dict[str, Any] = old.get("cost", {}) if old.get("plan") == meta["plan"] else {}
     if not before:
         return {**cost, "cells_found_before": there}
     if now == there:

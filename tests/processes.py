@@ -29,6 +29,8 @@ def child(rank: int, size: int, work: Mapping[str, Callable[[Path], Any]], names
                 (folder / f"{name}-{rank}.jsonl").write_text("\n".join(map(encode, found.cells)))
         except Exception as error:
             (folder / f"{name}-{rank}.error").write_text(f"{error!r}\n{traceback.format_exc()}")
+    if size > 1:
+        dist.destroy_process_group()  # else its threads are ended by the interpreter's end, now and then with an abort
 
 
 def run(work: Mapping[str, Callable[[Path], Any]], size: int, names: Sequence[str], folder: Path) -> list[int | None]:
