@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from sharpscope.apart import SETUP, Apart, Task, kind_of
 from sharpscope.backoff import that_fit
 from sharpscope.curvature.estimate import Estimate
@@ -19,6 +21,7 @@ from sharpscope.evaluate import evaluation_cell, per_example
 from sharpscope.intervention import Interventions
 from sharpscope.job import Job
 from sharpscope.journal import Journal
+from sharpscope.losses import cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
@@ -27,6 +30,8 @@ from sharpscope.progress import Progress
 from sharpscope.search import RecipeSearch, Search
 from sharpscope.table import MODEL, Cell, Row, cell_key
 from sharpscope.tree import Tree
+
+_SATURATED = 1e-6  # mean cross-entropy; there float32 has lambda_max off by .2 %, at 1e-7 m-sharpness by 3 %
 
 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
@@ -105,9 +110,22 @@ def _point(job: Job, plan: Plan, task: Task, weights: Tree, memory: Memory) -> P
         workspace=job.workspace,
     )
     check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
+    _warn_of_rounding(job, plan, point, alpha)
     if task.at_home:
         point.found.update(memory.at(index, weights))  # of measures that were done before the scan was stopped here
     return point
+
+
+def _warn_of_rounding(job: Job, plan: Plan, point: Point, alpha: float) -> None:
+    """Say once where softmax rounds to 1: there float32 has gradient and Hessian wrong, and no residual shows it."""
+    said = f"in float32 probabilities round to 1 where the loss is below {_SATURATED:g}"
+    single = point.weights[job.layers.names[0]].dtype == torch.float32
+    told = any(warning.startswith(said) for warning in job.warnings)
+    if plan.loss is cross_entropy and single and point.loss < _SATURATED and not told:
+        job.warnings.append(
+            f"{said} (at alpha {alpha:g} it is {point.loss:.1g}): sharpness there is off by more than its stated "
+            "error, and right with both models in float64, model.double()"
+        )
 
 
 def _by_alpha(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -181,9 +182,13 @@ class MSharpness:
             yield layer, best - base
 
     def _estimate(self, rises: np.ndarray, sizes: np.ndarray) -> Estimate:
+        """Return the mean weighted by size; the groups of m tell how far one scatters, a smaller one does so more."""
+        whole, weights = rises[sizes == self.m], sizes / sizes.sum()
         value = float(np.average(rises, weights=sizes))
-        _, error = mean_and_error(list(rises))
-        return Estimate(value, error, len(rises), error <= self.relative * abs(value), rises)
+        deviation = float(np.std(whole, ddof=1)) if len(whole) > 1 else math.inf
+        error = deviation * math.sqrt(float(weights**2 @ (self.m / sizes)))
+        samples = whole if len(whole) > 1 else rises
+        return Estimate(value, error, len(rises), error <= self.relative * abs(value), samples)
 
 
 @dataclass(frozen=True)

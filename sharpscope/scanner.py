@@ -178,8 +178,7 @@ def scan(
             if shared == "alphas":
                 job.tell_all()
             meta = {**job.meta(plan, journal.plan, time.monotonic() - started), **found}
-            meta["cost"] = ranks.led(lambda: _in_all(meta, folder, there, len(journal)))
-            result = ScanResult(journal, meta)
+            result = ScanResult(journal, ranks.led(lambda: _in_all(meta, folder, there, len(journal))))
             if folder is not None and ranks.leads:
                 with writing(folder):
                     result.save(folder)
@@ -238,16 +237,14 @@ def _discard(folder: FilePath) -> None:
         Memory(folder).clear()
 
 
-def _in_all(meta: Mapping[str, Any], folder: FilePath | None, there: int, now: int) -> dict[str, Any]:
-    """Return what the scan cost with what it cost before, if it had ended then; else how many cells were there."""
-    cost: dict[str, Any] = meta["cost"]
+def _in_all(meta: dict[str, Any], folder: FilePath | None, there: int, now: int) -> dict[str, Any]:
+    """Return the meta with what cells that were there before had cost, or how many they were, and their warnings."""
     if not there:
-        return cost
-    old = {} if folder is None else meta_in(folder)
-    before: dict[str, Any] = old.get("cost", {}) if old.get("plan") == meta["plan"] else {}
-    if not before:
-        return {**cost, "cells_found_before": there}
-    if now == there:
-        return before
-    summed = {name: before.get(name, 0) + cost.get(name, 0) for name in {**before, **cost}}
-    return {**summed, "processes": cost["processes"]}
+        return meta
+    old, cost = {} if folder is None else meta_in(folder), meta["cost"]
+    if old.get("plan") != meta["plan"] or "cost" not in old:  # not ended then
+        return {**meta, "cost": {**cost, "cells_found_before": there}}
+    summed = {name: old["cost"].get(name, 0) + cost.get(name, 0) for name in {**old["cost"], **cost}}
+    whole = old["cost"] if now == there else {**summed, "processes": cost["processes"]}
+    warnings = list(dict.fromkeys([*old.get("warnings", []), *meta["warnings"]]))
+    return {**meta, "cost": whole, "warnings": warnings}

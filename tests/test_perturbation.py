@@ -1,6 +1,7 @@
 """m-sharpness against closed forms, brute force over the ball, and plain re-computation."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from sharpscope import tree
 from sharpscope.ball import Ball
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
+from sharpscope.losses import cross_entropy
 from sharpscope.objective import Batch, Objective
-from sharpscope.partition import container_names, partition
+from sharpscope.partition import Partition, container_names, partition
 from sharpscope.perturbation import AverageMSharpness, MSharpness, groups
 from sharpscope.table import MODEL
 
@@ -235,3 +237,25 @@ def test_groups_done_together_rise_as_groups_done_one_by_one(monkeypatch, kind, 
     assert calls == [3]
     for layer, estimate in plain.items():
         np.testing.assert_allclose(together[layer].samples, estimate.samples, rtol=1e-9, atol=1e-12)
+
+
+def test_a_small_last_group_counts_by_its_size_in_the_error_too():
+    """Over samples of images the stated error is the deviation of the values, whatever the last group's size."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3).double()
+    weights = {name: tensor.detach() for name, tensor in net.named_parameters()}
+    layers, forward = Partition({"all": tuple(weights)}), partial(torch.func.functional_call, net)
+
+    def measured(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (count,), generator=generator)
+        fn = Objective(forward, cross_entropy, (Batch(x, y),))
+        return dict(MSharpness(m=8)(Point(fn, weights, layers.names), layers, seed=0))["all"]
+
+    for count in (64, 65, 68):
+        found = [measured(count, seed) for seed in range(60)]
+        stated = np.sqrt(np.mean([f.stderr**2 for f in found]))
+        assert 0.75 < stated / np.std([f.value for f in found], ddof=1) < 1.3
+        assert {f.draws for f in found} == {-(-count // 8)}
+    assert measured(9, 0).stderr == float("inf")  # of one whole group and one image nothing is known

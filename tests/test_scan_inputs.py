@@ -74,6 +74,37 @@ def test_a_loss_that_is_no_sum_over_examples_is_refused(loss, said):
         scan(loss=loss)
 
 
+@pytest.mark.parametrize("by", [1e-9, 0.0])
+def test_a_mean_is_refused_however_small_its_values(by):
+    """As where a model is saturated; with zeros what the loss does with other outputs tells."""
+
+    def loss(z, t):
+        if by:
+            return by * cross_entropy(z, t)
+        return (cross_entropy(z, t, reduction="none") * (z.abs().amax(1) > 0.9)).mean()
+
+    with pytest.raises(UsageError, match="it is no sum over examples"):
+        scan(loss=loss)
+    scan(loss=lambda z, t: 1e-9 * cross_entropy(z, t, reduction="sum"))
+
+
+def test_saturated_models_in_float32_are_warned_of_and_a_second_run_keeps_the_warning(tmp_path):
+    def sure(dtype):
+        data = loader()
+        x = torch.nn.functional.one_hot(data.dataset.tensors[1], 8).to(dtype)
+        nets = [nn.Sequential(nn.Linear(8, 3, bias=False)).eval() for _ in range(2)]
+        for net, by in zip(nets, (1.0, 30.0), strict=True):
+            net[0].weight = nn.Parameter(by * torch.eye(3, 8))
+            net.to(dtype)
+        settings = {"alphas": [0, 1], "measures": ["directional"], "progress": False, "out": tmp_path / str(dtype)}
+        return ss.scan(*nets, [(x, data.dataset.tensors[1])], **settings).meta["warnings"]
+
+    said = sure(torch.float32)
+    assert [text for text in said if "below 1e-06 (at alpha 1" in text] == said
+    assert sure(torch.float32) == said
+    assert sure(torch.float64) == []
+
+
 def test_a_sum_of_ones_own_gives_the_numbers_of_the_named_loss_in_batches_of_any_size():
     values = [
         scan(loss=loss, batch_size=size).layers["value"].to_numpy()

@@ -26,7 +26,10 @@ class Density:
     size: int
 
     def moment(self, power: int) -> tuple[float, float]:
-        """Return the estimate of ``tr(H^power)`` and its standard error over draws (infinite for one draw)."""
+        """Return the estimate of ``tr(H^power)`` and its standard error over draws (infinite for one draw).
+
+        Draws are skewed: of 8, Student's interval covers the truth in 93 % (power 1) to 82 % (power 3) of cases.
+        """
         values = self.size * np.sum(self.weights * self.nodes**power, axis=1)
         error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
         return float(values.mean()), float(error)

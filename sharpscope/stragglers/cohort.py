@@ -61,7 +61,8 @@ def across_models(
         nothing (an empty text), each covariate, and all of them (joined by ``" + "``); tau is then the partial
         correlation. ``p`` is two-sided, by permutation of the models (every one up to seven models, else 4,999): exact
         without covariates, else of the target's residuals given them, about ``chance``, the mean of tau under
-        permutation, which covariates can move off 0. ``p_family`` is of the largest distance from it over the layers,
+        permutation, which covariates can move off 0: with nine models p is at most .05 in 6 % of null cases given one
+        covariate, in 9 % given three. ``p_family`` is of the largest distance from it over the layers,
         ``q`` the false discovery rate over them; baselines have NaN there. ``low`` to ``high`` is a 95 % percentile
         bootstrap interval over models, which is narrow for fewer than about ten.
 
