@@ -31,11 +31,12 @@ from scipy.stats import t as student
 from sharpscope.errors import UsageError
 from sharpscope.report.agreement_figure import agreement
 from sharpscope.report.canvas import SERIES
-from sharpscope.report.curves import layer_grid, wilson
+from sharpscope.report.curves import layer_grid
 from sharpscope.report.distance_figure import ways
 from sharpscope.report.drawing import inlined, svg
 from sharpscope.report.health_figure import running, worst_cells
 from sharpscope.result import ScanResult
+from sharpscope.stragglers.interval import wilson
 from sharpscope.stragglers.paired import Z95
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}

@@ -164,6 +164,18 @@ def test_for_a_calibrated_model_the_estimate_lies_within_its_standard_error_of_t
     assert 0.8 < np.std(scores) < 1.25
 
 
+@pytest.mark.parametrize("sets", [1, 8])
+def test_the_stated_error_of_a_mean_over_sets_is_the_spread_that_repetitions_show(sets):
+    """All sets are judged by the same labelled images, whose error does not average out over them."""
+    random, names, runs = np.random.default_rng(4), [f"set {i}" for i in range(sets)], 200
+    tables = []
+    for _ in range(runs):
+        found = {(0.0, split): calibrated(random, 300) for split in ("id", *names)}
+        tables.append(label_free(found, "id", names).query("split == 'ood mean'"))
+    for name, rows in pd.concat(tables).groupby("estimator"):
+        assert rows["estimate"].std() == pytest.approx(rows["stderr"].mean(), rel=0.2), name
+
+
 def test_on_the_labelled_images_themselves_thresholds_and_differences_give_the_accuracy():
     labelled = calibrated(np.random.default_rng(1), 500, optimism=0.2)
     accuracy = labelled.correct.mean()

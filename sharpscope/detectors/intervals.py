@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from sharpscope.detectors.findings import Limits
+from sharpscope.stragglers.interval import share_interval
 from sharpscope.stragglers.paired import Z95, Difference, counted, disagreements, mean_difference, score
 from sharpscope.table import Array
 
@@ -71,9 +72,7 @@ class PairedProportion(Estimate):
 
 def proportion(correct: Array) -> Estimate:
     """Return the share of true entries with its Wilson interval."""
-    count = len(correct)
-    low, high = stats.binomtest(int(correct.sum()), count).proportion_ci(method="wilson")
-    return Estimate(float(correct.mean()), float(low), float(high), count)
+    return Estimate(*share_interval(correct), len(correct))
 
 
 def average(values: Array) -> Estimate:

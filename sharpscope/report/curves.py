@@ -10,6 +10,7 @@ import pandas as pd
 
 from sharpscope.errors import UsageError
 from sharpscope.result import ScanResult
+from sharpscope.stragglers.interval import wilson
 from sharpscope.stragglers.paired import Z95
 from sharpscope.table import MODEL, Array
 
@@ -29,14 +30,6 @@ class Curve:
         """Return the value at an alpha of the curve; NaN if it has none there."""
         found = self.value[self.alpha == alpha]
         return float(found[0]) if len(found) else math.nan
-
-
-def wilson(value: Array, n: Array) -> tuple[Array, Array]:
-    """Return both ends of the 95 % Wilson interval of a proportion; it keeps a width at 0 and 1."""
-    scale = 1 + Z95**2 / n
-    centre = (value + Z95**2 / (2 * n)) / scale
-    half = Z95 / scale * np.sqrt(value * (1 - value) / n + Z95**2 / (4 * n**2))
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
 def _evaluation(result: ScanResult, split: str, measure: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Means over images of several data sets, in points, with intervals."""
+"""Means over images of one or several data sets with intervals: accuracies in per cent, gaps in points."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from sharpscope.stragglers.paired import Z95, Difference, mean_difference
 from sharpscope.table import Array
 
 
@@ -24,6 +25,32 @@ class Interval:
     def sign(self) -> int:
         """1 or -1 if the interval lies wholly on that side of zero, else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def wilson(value: Array | float, n: Array | float) -> tuple[Array, Array]:
+    """Return both ends of the 95 % Wilson interval of a proportion; it keeps a width at 0 and 1."""
+    scale = 1 + Z95**2 / n
+    centre = (value + Z95**2 / (2 * n)) / scale
+    half = Z95 / scale * np.sqrt(value * (1 - value) / n + Z95**2 / (4 * n**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def share_interval(correct: Array) -> tuple[float, float, float]:
+    """Return the share of true entries, bool ``(n,)``, with both ends of its Wilson interval."""
+    share = float(correct.mean())
+    low, high = wilson(share, len(correct))
+    return share, float(low), float(high)
+
+
+def accuracy_interval(per_set: Sequence[Array]) -> Interval:
+    """Return the accuracy, bool ``(n,)`` for each set, sets weighing the same, in per cent: MOVER of Wilson's ends.
+
+    Student's interval passes 100 % near it: at an accuracy of 99 %, known from 250 images of one set, its low end lies
+    above the truth in 8 % of cases, Wilson's in none. The high end of MOVER over several sets errs there in 7 % of
+    cases instead of 2.5 %, at 90 % in 4 %.
+    """
+    found = mean_difference([Difference(*share_interval(correct)) for correct in per_set])
+    return Interval(100 * found.value, 100 * max(found.low, 0.0), 100 * min(found.high, 1.0))  # rounding apart, within
 
 
 def mean_interval(per_set: Sequence[Array], draws: Sequence[float] = ()) -> Interval:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from sharpscope.errors import UsageError
 from sharpscope.recipe import Recipe
-from sharpscope.stragglers.interval import mean_interval
+from sharpscope.stragglers.interval import accuracy_interval
 from sharpscope.stragglers.recommendation import Correct, Recommendation, at, compare, halves, versus_ends
 from sharpscope.table import Array, Cell
 
@@ -105,7 +105,8 @@ class Contest:
     def frame(self) -> pd.DataFrame:
         """Return one row per candidate, accuracies in percent on the half that nothing was chosen on.
 
-        ``versus_uniform`` with ``low`` and ``high`` is the paired difference of the target (mean OOD) to the best
+        ``id_low``, ``id_high``, ``ood_low`` and ``ood_high`` are Wilson's ends, for the mean of several sets MOVER of
+        them. ``versus_uniform`` with ``low`` and ``high`` is the paired difference of the target (mean OOD) to the best
         uniform alpha, in points; ``score`` the target on the choosing half, ``chosen`` the mix that is best there: its
         row alone is an honest quote, the best of the others is picked by what it is judged by.
         """
@@ -115,10 +116,10 @@ class Contest:
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def _row(self, candidate: Candidate) -> dict[str, object]:
-        answers = {split: found[self.second[split]].astype(np.float64) for split, found in candidate.correct.items()}
+        answers = {split: found[self.second[split]] for split, found in candidate.correct.items()}
         facts = {"recipe": candidate.name, "kind": candidate.kind, "score": 100 * self.score(candidate)}
         for name, splits in (("id", [self.id_split]), ("ood", self.ood)):
-            found = mean_interval([answers[s] for s in splits]) if splits else None
+            found = accuracy_interval([answers[s] for s in splits]) if splits else None
             ends = (found.value, found.low, found.high) if found else (np.nan,) * 3
             facts |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
         gap = compare(candidate.correct, self.uniform.correct, self.target, self.second)
