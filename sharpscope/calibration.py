@@ -11,7 +11,7 @@ BINS = 15
 
 def places(confidence: Array) -> Array:
     """Return the bin of each confidence, int ``(n,)``: 15 of equal width."""
-    return np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return np.asarray(np.minimum((confidence * BINS).astype(int), BINS - 1))
 
 
 def calibration_error(confidence: Array, correct: Array) -> float:
