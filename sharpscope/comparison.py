@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sharpscope.detectors.intervals import proportion
+from sharpscope.detectors.intervals import independent, proportion
 from sharpscope.errors import MismatchError, SharpscopeError
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference, difference
@@ -168,11 +168,7 @@ def _accuracy(first: ScanResult, second: ScanResult) -> pd.DataFrame:
 
 def unpaired(a: Array, b: Array) -> Difference:
     """Return the difference of two accuracies on different images, with Newcombe's interval (MOVER of Wilson's)."""
-    one, other = proportion(a), proportion(b)
-    gap = other.value - one.value
-    below = math.hypot(other.value - other.low, one.high - one.value)
-    above = math.hypot(other.high - other.value, one.value - one.low)
-    return Difference(gap, gap - below, gap + above)
+    return independent(proportion(b), proportion(a))
 
 
 def _verdicts(first: ScanResult, second: ScanResult) -> pd.DataFrame:

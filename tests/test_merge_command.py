@@ -23,7 +23,7 @@ from sharpscope.config import FILE
 from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.merging import merge_plan, read_weights
 from sharpscope.models import load, load_pair
-from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers
+from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers, wilson
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
 from sharpscope.result import ScanResult
@@ -134,6 +134,17 @@ def test_accuracy_outside_of_what_was_predicted_is_warned_of(run, world, tmp_pat
     assert code == 0
     assert err.startswith("warning: not as predicted: id: ")
     assert "predicted 0.0 to 0.5" in err
+
+
+def test_a_file_that_foretells_of_other_images_is_not_held_to_those_of_the_scan(run, world, tmp_path):
+    """A point off its interval: chance on so few images. What the scan itself saw is not left to chance."""
+    seen = 100 * float(ss.open(world / "scan").correct[0.5, "id"].mean())
+    away = (seen + 1, seen + 40) if seen < 50 else (seen - 40, seen - 1)
+    rules = f'alpha_convention = "{CONVENTION}"\nrules = [["*", 0.5]]\n[predicted]\nid = {list(away)}'
+    (tmp_path / "r.toml").write_text(rules)
+    code, out, err = run("merge", world / "scan", "--recipe", tmp_path / "r.toml", "--out", tmp_path / "m")
+    assert (code, err) == (0, "")
+    assert "which is within chance if that was of other images" in out
 
 
 def test_a_prediction_is_for_its_own_models_and_images(run, world, copy, tmp_path):
@@ -419,11 +430,50 @@ def test_a_model_that_judges_the_same_images_otherwise_is_seen_inside_the_interv
     after[np.flatnonzero(before)[:15]] = False
     predicted = {"id": (60.0, 80.0)}
     assert check_accuracy("id", after, predicted).as_predicted is True
-    found = check_accuracy("id", after, predicted, before)
+    found = check_accuracy("id", after, predicted, before, same=True)
     assert (found.as_predicted, found.otherwise) == (False, 15)
-    assert check_accuracy("id", before, predicted, before).as_predicted is True
+    assert check_accuracy("id", before, predicted, before, same=True).as_predicted is True
     assert check_accuracy("id", before, {}).as_predicted is None
     assert check_accuracy("id", before, {"id": (0.0, 60.0)}).as_predicted is False
+    assert check_accuracy("id", before, {"id": (0.0, 67.0)}, same=True).as_predicted is False
+
+
+@pytest.mark.parametrize("right", [0, 1, 45, 99, 100])
+def test_an_interval_tells_the_proportion_it_is_of(right):
+    correct = np.arange(100) < right
+    assert wilson(predicted_accuracy({"id": correct})["id"]).value == pytest.approx(right / 100)
+    assert wilson((0.0, 100.0)).value == 0.5
+
+
+def warned(random, share, drop, foretold, judged, runs=1000):
+    """Return how often a model is found to be off what other images of the same kind foretold."""
+    found = []
+    for _ in range(runs):
+        predicted = predicted_accuracy({"id": random.random(foretold) < share})
+        found.append(check_accuracy("id", random.random(judged) < share - drop, predicted).as_predicted is False)
+    return np.mean(found)
+
+
+@pytest.mark.parametrize(
+    ("share", "foretold", "judged"), [(0.7, 360, 360), (0.95, 360, 360), (0.7, 2000, 100), (0.9, 100, 2000)]
+)
+def test_other_images_of_the_same_kind_are_warned_of_once_in_twenty(share, foretold, judged):
+    """Judged as if the measurement had no error of its own, 360 images were warned of in 17 %."""
+    assert 0.01 < warned(np.random.default_rng(3), share, 0.0, foretold, judged) < 0.07
+
+
+def test_a_drop_of_ten_points_is_seen_on_other_images():
+    random = np.random.default_rng(4)
+    assert warned(random, 0.7, 0.1, 360, 360) > 0.75
+    assert warned(random, 0.7, 0.1, 1000, 1000) > 0.97
+
+
+def test_what_lies_outside_by_chance_says_so():
+    correct = np.arange(360) < 216
+    found = check_accuracy("id", correct, {"id": (60.1, 69.9)})
+    assert found.as_predicted is True
+    assert str(found).endswith("predicted 60.1 to 69.9, which is within chance if that was of other images")
+    assert check_accuracy("id", correct, {"id": (60.1, 69.9)}, same=True).as_predicted is False
 
 
 def test_a_scan_records_where_its_models_are(world):

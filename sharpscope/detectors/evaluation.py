@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from sharpscope.calibration import calibration_error
+from sharpscope.detectors.calibration import calibration, calibration_change
 from sharpscope.detectors.findings import Finding, Limits, limits
 from sharpscope.detectors.images import CHOSEN, MEAN_OOD, Examples, alpha_of, examples, model_named, splits_of
 from sharpscope.detectors.intervals import (
@@ -21,41 +19,28 @@ from sharpscope.detectors.intervals import (
 )
 from sharpscope.detectors.judgement import CHANGE, PERCENT, PLAIN, POINTS, Scale, judged
 from sharpscope.errors import UsageError, nearest
-from sharpscope.stragglers.paired import Z95
 from sharpscope.table import EVALUATIONS
 
 if TYPE_CHECKING:
     from sharpscope.result import ScanResult
 
-BOOTSTRAPS = 1000
+Pair = tuple[Examples, Examples]
 
 
-def _resampled(numbers: Callable[[np.ndarray], float], n: int) -> Estimate:
-    """Return a number of n images with its normal interval by the bootstrap, at least as wide as one image makes it."""
-    random = np.random.default_rng(0)
-    spread = max(float(np.std([numbers(random.integers(0, n, n)) for _ in range(BOOTSTRAPS)], ddof=1)), 1 / n)
-    value = numbers(np.arange(n))
-    return Estimate(value, value - Z95 * spread, value + Z95 * spread, n)
-
-
-def _gap(model: Examples, places: np.ndarray) -> float:
-    return calibration_error(model["confidence"][places], model["correct"][places])
-
-
-def _single(measure: str, model: Examples) -> Estimate:
-    if measure == "accuracy":
-        return proportion(model["correct"])
+def _single(measure: str, sets: Sequence[Examples]) -> Estimate:
     if measure == "calibration_error":
-        return _resampled(lambda places: _gap(model, places), len(model["correct"]))
-    return average(model[measure])
-
-
-def _paired(measure: str, model: Examples, other: Examples) -> Estimate:
+        return calibration(sets)
     if measure == "accuracy":
-        return paired_proportion(model["correct"], other["correct"])
+        return mean([proportion(model["correct"]) for model in sets])
+    return mean([average(model[measure]) for model in sets])
+
+
+def _paired(measure: str, sets: Sequence[Pair]) -> Estimate:
     if measure == "calibration_error":
-        return _resampled(lambda places: _gap(model, places) - _gap(other, places), len(model["correct"]))
-    return paired_average(model[measure], other[measure])
+        return calibration_change(sets)
+    if measure == "accuracy":
+        return mean([paired_proportion(model["correct"], other["correct"]) for model, other in sets])
+    return mean([paired_average(model[measure], other[measure]) for model, other in sets])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +65,13 @@ class EvaluationDetector:
     Notes
     -----
     Intervals (95 %): accuracy by Wilson's, its paired change by Tango's score interval (at a change of 0 McNemar's
-    test), means by Student's over images, calibration by a bootstrap over images. A model that was picked by half of
-    the images is judged on the other half.
+    test), means by Student's over images. A model that was picked by half of the images is judged on the other half.
+
+    ``calibration_error`` is raised by sampling; its interval is corrected for that, so the number may lie near the high
+    end. In simulations a true error lies below the interval in 0 to 7 %, above it in 0 to 4 % (100 to 2,000 images;
+    very sure models, mean confidence .95 and more, with 200 images or fewer: up to 9 and 7 %). A true change lies
+    beyond the end that is nearer to none in 0 to 4 %, beyond the other in 0 to 9 % (300 to 3,000 images; most where one
+    of the two models is calibrated); with both calibrated, in under 1 %.
     """
 
     measure: str = "accuracy"
@@ -128,20 +118,24 @@ class EvaluationDetector:
         splits = splits_of(result, self.split)
         alpha = alpha_of(result, self.model, self.keep_id)
         other = None if self.versus is None else alpha_of(result, self.versus, self.keep_id)
-        chosen = self.model in CHOSEN or self.versus in CHOSEN
-        found = mean([self._estimate(result, split, alpha, other, chosen) for split in splits])
+        found = self._estimate(result, splits, alpha, other)
         what = f"{self.measure} of {_who(self.model, alpha)} on {self.split!r}"
         what += "" if other is None else f" versus {_who(self.versus or '', other)}"
-        return judged(self.measure, what, found, self._limits(), scale=self._scale(), of=1 + chosen)
+        return judged(self.measure, what, found, self._limits(), scale=self._scale(), of=1 + self._chosen)
 
-    def _estimate(self, result: ScanResult, split: str, alpha: float, other: float | None, chosen: bool) -> Estimate:
-        model = examples(result, alpha, split, chosen)
+    @property
+    def _chosen(self) -> bool:
+        """Whether images chose one of the models."""
+        return self.model in CHOSEN or self.versus in CHOSEN
+
+    def _estimate(self, result: ScanResult, splits: Sequence[str], alpha: float, other: float | None) -> Estimate:
+        models = [examples(result, alpha, split, self._chosen) for split in splits]
         if other is None:
-            return _single(self.measure, model)
-        reference = examples(result, other, split, chosen)
+            return _single(self.measure, models)
+        references = [examples(result, other, split, self._chosen) for split in splits]
         if alpha == other:  # the same weights
-            return Estimate(0.0, 0.0, 0.0, len(model["correct"]))
-        return _paired(self.measure, model, reference)
+            return Estimate(0.0, 0.0, 0.0, sum(len(model["correct"]) for model in models))
+        return _paired(self.measure, list(zip(models, references, strict=True)))
 
 
 def _who(name: str, alpha: float) -> str:

@@ -100,6 +100,14 @@ def paired_average(candidate: Array, reference: Array) -> Estimate:
     return average(candidate.astype(np.float64) - reference.astype(np.float64))
 
 
+def independent(estimate: Estimate, reference: Estimate) -> Difference:
+    """Return the difference to a reference on different images: the distances of the ends add in squares (MOVER)."""
+    gap = estimate.value - reference.value
+    below = math.hypot(estimate.value - estimate.low, reference.high - reference.value)
+    above = math.hypot(estimate.high - estimate.value, reference.value - reference.low)
+    return Difference(gap, gap - below, gap + above)
+
+
 def mean(estimates: Sequence[Estimate]) -> Estimate:
     """Return the mean over independent data sets, see :func:`sharpscope.stragglers.paired.mean_difference`."""
     if len(estimates) == 1:
