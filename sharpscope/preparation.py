@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.recorded import shortened
 from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.errors import MismatchError, ModelError, UsageError
@@ -25,6 +27,7 @@ from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
 from sharpscope.plan import Plan
+from sharpscope.precision import matmul_precision
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.tree import Tree, check_same_structure, select
@@ -234,18 +237,21 @@ def _same_forward(objective: Objective, networks: tuple[Network, Network], const
     """Raise unless the fine-tuned model computes what the zero-shot model does with its weights; return notes.
 
     Buffers of integers, attributes and code are not on the path: what differs in them would be the zero-shot model's at
-    every alpha. Cost: two forwards of two examples.
+    every alpha. In full float32: TF32 rounds forwards apart that are written in different ways. Cost: two forwards.
     """
     inputs = objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0].inputs
     place = next(iter(path.start.values())).device
     own = _moved({name: buffer for name, buffer in networks[1].buffers.items() if name in constants}, place)
-    with torch.no_grad():
+    with torch.no_grad(), matmul_precision("highest"):
         ours = objective.outputs({**constants, **path.end}, inputs)
         try:
             theirs = replace(objective, forward=networks[1].forward).outputs({**own, **path.end}, inputs)
         except RuntimeError as refusal:  # as where a tensor that is no buffer lies on another device
-            return [f"the fine-tuned model's own forward was not compared with the zero-shot model's: {refusal}"]
-    gap, size = (float(t.abs().max()) for t in (ours - theirs, ours))
+            return [
+                f"the fine-tuned model's own forward was not compared with the zero-shot model's: {shortened(refusal)}"
+            ]
+    size = float(ours.abs().max())
+    gap = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else math.inf
     if gap > _SAME * size:
         differing = _off_the_path(path, *(net.module.state_dict() for net in networks))
         told = f"{differing[0]!r} differs and is no floating-point tensor" if differing else "code or attributes differ"

@@ -318,9 +318,17 @@ class Factor(nn.Module):
         return self.by * self.linear(x)
 
 
+class Cut(Factor):
+    def forward(self, x):
+        if self.by == 0:
+            raise RuntimeError("a tensor lies\non another device")
+        return super().forward(x)[:, : self.by]
+
+
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
+        ((Cut(3), Cut(2)), "code or attributes differ"),
         ((Permuted([0, 1, 2]), Permuted([2, 0, 1])), "'order' differs and is no floating-point tensor"),
         ((Factor(1.0), Factor(1.01)), "code or attributes differ"),
     ],
@@ -328,8 +336,14 @@ class Factor(nn.Module):
 def test_ends_that_differ_in_more_than_weights_are_refused(ends, said):
     with pytest.raises(MismatchError, match=said):
         ss.scan(*(end.eval() for end in ends), loader(), progress=False)
-    scan_of_one = [ends[0].eval(), type(ends[0])(getattr(ends[0], "by", [0, 1, 2])).eval()]
-    ss.scan(*scan_of_one, loader(), alphas=2, measures=["directional"], progress=False)
+    alike = [ends[0].eval(), type(ends[0])(getattr(ends[0], "by", [0, 1, 2])).eval()]
+    assert ss.scan(*alike, loader(), alphas=2, measures=["directional"], progress=False).meta["warnings"] == []
+
+
+def test_an_end_that_cannot_be_run_where_the_other_is_is_said():
+    result = ss.scan(Cut(3).eval(), Cut(0).eval(), loader(), alphas=2, measures=["directional"], progress=False)
+    (said,) = result.meta["warnings"]
+    assert said.endswith("was not compared with the zero-shot model's: a tensor lies on another device")
 
 
 class Counting(nn.Module):
