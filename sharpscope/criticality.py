@@ -159,7 +159,7 @@ def _row(layer: str, bench: _Bench, setting: _Setting) -> dict[str, object]:
     places = list(_tried(layer, bench, setting))
     delta = select(bench.job.path.delta, bench.job.layers.layers[layer])
     squared = float(sum(torch.sum(d.double() ** 2) for d in delta.values()))
-    allowed = 100 * setting.allowed
+    allowed = 100 * setting.allowed + 1e-9  # a rise of just that is allowed, however it is rounded
     value, place = _least(places, squared, [p.rise.value for p in places], allowed)
     low, _ = _least(places, squared, [p.rise.low for p in places], allowed)
     high, _ = _least(places, squared, [p.rise.high for p in places], allowed)

@@ -39,8 +39,9 @@ def forest_figure(result: ScanResult, *, ax: Sequence[Axes] | None = None) -> Pa
     """Return two Axes by layer: rank correlation of sharpness with the OOD error, and the relative distance moved.
 
     Grey bars hold 90 % of the correlations that chance reaches on this path (the path null), whiskers are 95 %
-    bootstrap intervals. Filled: co-moves (tau of at least one half); with a ring: beyond the null. The numbers to the
-    right are family-wise p-values. Of a partition with very many layers those with the largest absolute tau are shown.
+    bootstrap intervals at this noise, which pulls tau towards 0. Filled: co-moves (tau of at least one half); with a
+    ring: beyond the null. The numbers to the right are family-wise p-values. Of a partition with very many layers those
+    with the largest absolute tau are shown.
 
     Raises
     ------
