@@ -157,7 +157,10 @@ def loss(z, t): return cross_entropy(z, t, reduction='sum') + 0 * teacher.weight
 """
 
 
-@pytest.mark.parametrize("source", [A_GLOBAL, A_HELPER, A_CLASS, A_METHOD, A_MODEL])
+WRITTEN = {"global": A_GLOBAL, "helper": A_HELPER, "class": A_CLASS, "method": A_METHOD, "model": A_MODEL}
+
+
+@pytest.mark.parametrize("source", WRITTEN.values(), ids=WRITTEN)
 def test_what_a_loss_reads_and_calls_is_part_of_its_code(source):
     def of(by):
         torch.manual_seed(0)
