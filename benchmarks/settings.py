@@ -27,11 +27,11 @@ class _EnoughError(Exception):
     """Ends a power iteration whose every tolerance is decided."""
 
 
-def pyhessian(task: Task, names: tuple[str, ...], truth: float) -> Found:
+def pyhessian(task: Task, module: nn.Module, names: tuple[str, ...], truth: float) -> Found:
     """Return the loosest tolerance whose answer is right, and what the default tolerance gives."""
     from pyhessian import hessian
 
-    module, history = task.module(), list[float]()
+    history = list[float]()
     with only(module, names):
         tool = hessian(module, nn.CrossEntropyLoss(), data=task.whole, cuda=task.device.startswith("cuda"))
         torch.manual_seed(task.seed)
@@ -79,12 +79,12 @@ def _stopped(history: list[float], tolerance: float) -> tuple[float, int]:
     return history[-1], len(history)
 
 
-def hessian_eigenthings(task: Task, names: tuple[str, ...], truth: float) -> Found:
+def hessian_eigenthings(task: Task, module: nn.Module, names: tuple[str, ...], truth: float) -> Found:
     """Return the fewest Lanczos steps whose answer is right, and what the default of two steps gives."""
     from hessian_eigenthings.algorithms.lanczos import lanczos, lanczos_tridiagonal
     from hessian_eigenthings.operators.base import LambdaOperator
 
-    block = Flat(task.module(), names, task.data, keep=True)
+    block = Flat(module, names, task.data, keep=True)
     operator = LambdaOperator(block, block.size, task.device)
     by_default = lanczos(operator, k=1, seed=task.seed)
     default = (float(by_default.eigenvalues[0]), by_default.iterations)
@@ -103,11 +103,11 @@ def hessian_eigenthings(task: Task, names: tuple[str, ...], truth: float) -> Fou
     return {"max_iter": STEPS, "met": False, "default": default}
 
 
-def curvlinops(task: Task, names: tuple[str, ...], truth: float) -> Found:
+def curvlinops(task: Task, module: nn.Module, names: tuple[str, ...], truth: float) -> Found:
     """Return the smallest Krylov dimension for scipy whose answer is right, and products of scipy's default."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    block = Flat(task.module(), names, task.data, keep=True)
+    block = Flat(module, names, task.data, keep=True)
     start = np.random.default_rng(task.seed).standard_normal(block.size).astype(np.float32)
 
     def run(**chosen: Any) -> tuple[float, int]:
@@ -124,7 +124,7 @@ def curvlinops(task: Task, names: tuple[str, ...], truth: float) -> Found:
     return {"tol": 0.01, "ncv": 20, "met": False, "default": default}
 
 
-SEARCHES: dict[str, Callable[[Task, tuple[str, ...], float], Found]] = {
+SEARCHES: dict[str, Callable[[Task, nn.Module, tuple[str, ...], float], Found]] = {
     "pyhessian": pyhessian,
     "curvlinops": curvlinops,
     "hessian_eigenthings": hessian_eigenthings,
@@ -135,4 +135,7 @@ def search(task: Task, tool: str, truth: dict[str, Any]) -> dict[str, Found]:
     """Return the setting of every layer for a tool; none for sharpscope, which stops by itself."""
     if tool not in SEARCHES:
         return {}
-    return {layer: SEARCHES[tool](task, names, truth[layer]["lambda_max"]) for layer, names in task.layers.items()}
+    module = task.module()  # one for all layers: making one takes longer than a search
+    return {
+        layer: SEARCHES[tool](task, module, names, truth[layer]["lambda_max"]) for layer, names in task.layers.items()
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ class Task:
         model.load_state_dict(self.weights)
         return model.to(self.device, dtype)
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Layer id -> tensor names."""
         return dict(layers(tower(self.size, "eager")).layers)
