@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finer", type=float, default=2.0, help="how much finer the reference trace is")
     parser.add_argument("--reference-draws", type=int, default=400, help="most probes of the reference for a layer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, help="seconds after which a tool's run is given up, and said to be")
     parser.add_argument("--work", type=Path, help="folder of intermediate results; done stages are not done again")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -62,9 +63,9 @@ class Bench:
     On several GPUs stages that do not need each other run side by side, each with a GPU of its own.
     """
 
-    def __init__(self, common: dict[str, Any], state: str, work: Path, gpus: int) -> None:
+    def __init__(self, common: dict[str, Any], state: str, work: Path, gpus: int, limit: float | None = None) -> None:
         self._common, self._state, self._work = common, state, work
-        self._gpus = gpus
+        self._gpus, self._limit = gpus, limit
         self._free: Queue[int] = Queue()
         for gpu in range(gpus):
             self._free.put(gpu)
@@ -85,8 +86,11 @@ class Bench:
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._common["threads"]))
             gpu = self._free.get()
             own = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self._gpus > 1 else {}
+            env = {**os.environ, **threads, **own, "PYTHONWARNINGS": "ignore"}
             try:
-                subprocess.run(command, check=True, env={**os.environ, **threads, **own, "PYTHONWARNINGS": "ignore"})
+                subprocess.run(command, check=True, env=env, timeout=self._limit if stage == "tool" else None)
+            except subprocess.TimeoutExpired:
+                out.write_text(json.dumps({"failed": f"not done after {self._limit:g} s"}))
             finally:
                 self._free.put(gpu)
         found: dict[str, Any] = json.loads(out.read_text())
@@ -177,7 +181,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": common, "versions": versions(), "states": {}}
     result["machine"] = facts(chosen.device, chosen.threads)
     for state in chosen.state:
-        found = Bench(common, state, work, chosen.gpus).run(tools, chosen.repeats)
+        found = Bench(common, state, work, chosen.gpus, chosen.limit).run(tools, chosen.repeats)
         result["states"][state] = found
         unit = found["summary"]["sharpscope"]["gradient_seconds"]["median"]
         print(f"\n{chosen.size}, {state} (loss of training {found['training_loss']:.3g}); one gradient {unit:.3g} s\n")
