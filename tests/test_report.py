@@ -133,6 +133,13 @@ def test_an_end_that_the_other_half_of_the_images_contradicts_is_a_doubtful_choi
     )
 
 
+def test_a_scan_of_the_ends_alone_says_nothing_about_mixes() -> None:
+    assert verdict(judged({0.0: (80, 80), 1.0: (120, 120)})).headline == (
+        "Of the two ends, all that was scanned, the fine-tuned model (alpha 1): the other scored no higher on the OOD "
+        "sets, on the images for choosing."
+    )
+
+
 def test_without_ood_sets_nothing_is_said_about_robustness() -> None:
     found = verdict(RESULTS["no OOD"])
     assert found.level == "warn"

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from sharpscope.errors import UsageError
 from sharpscope.optim.activity import Audit, sentence
 from sharpscope.report.canvas import GRID, INK, MARK, MISSING, MUTED, PAPER, Panels, literal, panels, styled
-from sharpscope.report.words import layer_name, percent, shortened
+from sharpscope.report.words import layer_label, percent
 from sharpscope.table import Array
 
 MOST = 40  #: windows drawn; a longer log is joined into so many
@@ -39,7 +39,7 @@ def activity_figure(audit: Audit, *, ax: Sequence[Axes] | None = None) -> Panels
     with styled():
         made = panels(ax, (1, 2), (7.8, 1.6 + 0.26 * len(layers)), sharey=True, width_ratios=(2.1, 1))
         _shares(made[0], _windows(table, layers, steps), steps, own=ax is None)
-        made[0].set_yticks(range(len(layers)), [shortened(layer_name(layer)) for layer in layers])
+        made[0].set_yticks(range(len(layers)), [layer_label(layer) for layer in layers])
         literal(made[0].get_yticklabels())
         _distances(made[1], table, layers)
         return made

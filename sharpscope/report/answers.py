@@ -17,6 +17,7 @@ from sharpscope.report.words import (
     alpha_text,
     count,
     interval,
+    layer_label,
     layer_name,
     listed,
     measure_name,
@@ -101,7 +102,8 @@ def _summed(result: ScanResult, grid: Grid) -> str:
 def multiples_answer(result: ScanResult) -> str:
     """Return which layers are drawn and why."""
     rows = flagged(result)
-    named = listed(f"{shortened(str(row.layer))} (tau {row.tau:.2f})".replace("-", MINUS) for row in rows.itertuples())
+    taus = (f"{row.tau:.2f}".replace("-", MINUS) for row in rows.itertuples())
+    named = listed(f"{layer_label(layer)} (tau {tau})" for layer, tau in zip(rows["layer"], taus, strict=True))
     if rows["verdict"].isin(FLAGS).any():
         return f"Beyond chance: {named}. A curve that bends where the error bends says more than two end points."
     return f"No layer is beyond chance; with the largest tau: {named}."

@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from sharpscope.errors import UsageError
-from sharpscope.report.words import alpha_text, layer_name, shortened
+from sharpscope.report.words import alpha_text, layer_label
 
 INK = "#1b1f24"
 MUTED = "#5b6470"
@@ -148,7 +148,7 @@ def layer_axis(
 ) -> None:
     """Give each layer a row from the top with its name; name and row can be picked in the page."""
     ax.set_ylim(len(layers) - 0.5, -0.5)
-    ax.set_yticks(range(len(layers)), [shortened(layer_name(name), longest) for name in names or layers])
+    ax.set_yticks(range(len(layers)), [layer_label(name, longest) for name in names or layers])
     labels = ax.get_yticklabels()
     literal(labels)
     for layer, label in zip(layers, labels, strict=True):

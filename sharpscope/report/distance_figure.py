@@ -12,7 +12,7 @@ from matplotlib.transforms import Bbox
 from sharpscope.errors import UsageError
 from sharpscope.report.canvas import GRID, MUTED, PAPER, SERIES, Look, axes, literal, number_ticks, place_in, styled
 from sharpscope.report.curves import layer_grid, measures
-from sharpscope.report.words import alpha_text, layer_name, shortened, significant
+from sharpscope.report.words import alpha_text, layer_label, significant
 from sharpscope.result import ScanResult
 from sharpscope.table import MODEL, Array, reach
 
@@ -136,7 +136,7 @@ def _names(ax: Axes, found: Ways) -> None:
     taken: list[Bbox] = []
     for i in ranked:
         if found.curvature[i] != 0 and found.layers[i] != MODEL:
-            place, text = (found.distance[i], abs(found.curvature[i])), shortened(layer_name(found.layers[i]), 28)
+            place, text = (found.distance[i], abs(found.curvature[i])), layer_label(found.layers[i], 28)
             dot = ax.transData.transform(place) * 72 / ax.figure.dpi
             side, box = next(
                 ((side, box) for side in SIDES if not (box := _box(dot, text, side)).count_overlaps(taken)),

@@ -28,7 +28,7 @@ from sharpscope.report.canvas import (
     styled,
 )
 from sharpscope.report.curves import LIMIT, Grid, layer_grid
-from sharpscope.report.words import alpha_text, layer_name, measure_name, percent, shortened, titled
+from sharpscope.report.words import alpha_text, layer_label, measure_name, percent, titled
 from sharpscope.result import ScanResult
 from sharpscope.table import Array, cell_key, reach
 
@@ -129,7 +129,7 @@ def _draw_run(ax: Axes, run: Run, rank: int, order: Sequence[str]) -> None:
     named = rank < WORST
     colour = SERIES[rank] if named else MUTED
     width, shade = (1.6, 1.0) if named else (0.7, 0.5)
-    place = f"{shortened(layer_name(run.layer))} at alpha {alpha_text(run.alpha)}"
+    place = f"{layer_label(run.layer)} at alpha {alpha_text(run.alpha)}"
     (line,) = ax.plot(run.draws, run.estimate / scale, color=colour, linewidth=width, alpha=shade)
     line.set_gid(place_in(run.layer, order, "run"))
     if named:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from sharpscope.errors import UsageError
 from sharpscope.report.canvas import GRID, MISSING, SERIES, Panels, literal, panels, place_in, styled
 from sharpscope.report.curves import mean_ood, rows_of
-from sharpscope.report.words import layer_name, measure_name, shortened, titled
+from sharpscope.report.words import layer_label, measure_name, titled
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.surrogates import surrogates
 from sharpscope.stragglers.wording import NEEDED_ALPHAS
@@ -65,7 +65,7 @@ def _sharpness(ax: Axes, result: ScanResult, layer: str, measure: str) -> None:
     half = np.where(np.isfinite(half), half, np.nan)
     ax.fill_between(alpha, value - half, value + half, color=SERIES[0], alpha=0.18, linewidth=0)
     ax.plot(alpha, value, color=SERIES[0], marker="o")
-    ax.set_title(f"{shortened(layer_name(layer), 16)}\n{fill(titled(measure_name(measure)), 24)}", fontsize=7.5)
+    ax.set_title(f"{layer_label(layer, 22)}\n{fill(titled(measure_name(measure)), 24)}", fontsize=7.5)
     literal([ax.title])
     ax.tick_params(labelsize=7.5)
     ax.grid(axis="y", color=GRID)

@@ -59,4 +59,5 @@ def _crosses(ax: Axes, table: pd.DataFrame) -> None:
         ring: Look = {"marker": "o", "mfc": "none", "mec": colour, "markersize": 13, "linestyle": "none"}
         ax.plot(*place, label=f"{label}: {shortened(str(row['recipe']), 20)}", zorder=5, **ring)
     if table["kind"].nunique() == 1:
-        ax.text(0.02, 0.02, "no recipes were tried", transform=ax.transAxes, color=MUTED, fontsize=8)
+        # Paths of CLIPs run from below on the left to above on the right: this corner is free.
+        ax.text(0.98, 0.02, "no recipes were tried", ha="right", transform=ax.transAxes, color=MUTED, fontsize=8)

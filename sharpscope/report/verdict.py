@@ -9,7 +9,7 @@ from sharpscope.errors import SharpscopeError
 from sharpscope.recipe import Recipe
 from sharpscope.report.choices import best_recipe, searched
 from sharpscope.report.curves import accuracy, mean_ood
-from sharpscope.report.words import alpha_text, count, interval, listed, measure_name, p_text, points, shortened
+from sharpscope.report.words import alpha_text, count, interval, layer_label, listed, measure_name, p_text, points
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference, difference, mean_difference
 from sharpscope.stragglers.recommendation import Recommendation
@@ -68,7 +68,7 @@ def verdict(result: ScanResult) -> Verdict:
         return Verdict(f"No recommendation: {trouble.problem}.", "warn", (f"Way out: {trouble.fix}.",), None, ())
     failure = failure_of_interpolation(result)
     return Verdict(
-        headline=_headline(advice, _target(result, advice)),
+        headline=_headline(result, advice, _target(result, advice)),
         level=_level(result, advice, failure),
         reasons=tuple(_reasons(result, advice, failure)),
         recommendation=advice,
@@ -80,9 +80,13 @@ def _target(result: ScanResult, advice: Recommendation) -> str:
     return MEAN_OOD if advice.chosen_by == "ood" else result.id_split
 
 
-def _headline(advice: Recommendation, target: str) -> str:
+def _headline(result: ScanResult, advice: Recommendation, target: str) -> str:
     where = "on the OOD sets" if advice.chosen_by == "ood" else "on the ID set"
     signs = {name: advice.versus[name][target].sign for name, end in ENDS.items() if end != advice.alpha}
+    end = next((name for name, end in ENDS.items() if end == advice.alpha), None)
+    if -1 not in signs.values() and end and not _inner(result):
+        named = f"{end} model (alpha {alpha_text(advice.alpha)})"
+        return f"Of the two ends, all that was scanned, the {named}: the other scored no higher {where}, {CHOOSING}."
     if -1 not in signs.values() and advice.alpha == ENDS["zero-shot"]:
         return f"Keep the zero-shot model (alpha 0): no other point of the path scored higher {where}, {CHOOSING}."
     if -1 not in signs.values() and advice.alpha == ENDS["fine-tuned"]:
@@ -202,8 +206,8 @@ def co_moving(result: ScanResult) -> str:
         found = table[table["verdict"] == rung]
         if not found.empty:
             first, number = found.iloc[0], found["layer"].nunique()
-            place = f"{shortened(str(first['layer']))} (tau {first['tau']:.2f}, {measure_name(str(first['measure']))}, "
-            place += f"family-wise p {p_text(float(first['p_family']))})"
+            place = f"{layer_label(str(first['layer']))} (tau {first['tau']:.2f}, "
+            place += f"{measure_name(str(first['measure']))}, family-wise p {p_text(float(first['p_family']))})"
             return sentence.format(layers=count(number, "layer"), s="s" if number == 1 else "", most=place)
     return f"No layer was found to co-move with the OOD error{_undecided(list(table['verdict']))}."
 

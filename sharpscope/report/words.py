@@ -52,6 +52,22 @@ def layer_name(layer: str) -> str:
     return f"whole{TIED}model" if layer == MODEL else layer
 
 
+def layer_label(layer: str, limit: int = 40) -> str:
+    """Return the layer's name in at most so many characters: the first parts of a dotted one become their initials.
+
+    The numbers in it stay, and its end, which tell the layers of a network apart.
+
+    >>> layer_label("vision_model.encoder.layers.11.self_attn.q_proj.weight")
+    'v.e.layers.11.self_attn.q_proj.weight'
+    """
+    parts = layer_name(layer).split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > limit and not part.isdigit():
+            parts[place] = part[:1]
+    name = ".".join(parts)
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
 def shortened(name: str, limit: int = 40) -> str:
     """Return the name with its middle left out if it is longer than the limit.
 
