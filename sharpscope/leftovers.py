@@ -8,6 +8,21 @@ from typing import Any
 
 from sharpscope.report.gate import CHECK
 
+TABLES = ("layers", "evals", "stragglers", "interventions", "recipes")  # of a result, kept as CSV beside it
+OWN = (
+    "scan.json",
+    "cells.jsonl",
+    "correct.npz",
+    *(f"{name}.csv" for name in TABLES),
+    "config.resolved.toml",
+    "index.html",
+)
+
+
+def own_files(folder: str | Path) -> list[Path]:
+    """Return where a scan, its settings and its page lie in the folder; not what the gate said of it."""
+    return [Path(folder) / name for name in OWN]
+
 
 def meta_in(folder: Path) -> dict[str, Any]:
     """Return the plan and provenance of the finished scan in the folder, nothing if none can be read there."""

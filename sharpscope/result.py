@@ -15,7 +15,7 @@ import pandas as pd
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import replace_text as _replace
-from sharpscope.leftovers import meta_in, remove_page
+from sharpscope.leftovers import TABLES, meta_in, remove_page
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -278,10 +278,10 @@ class ScanResult:
         OutputError
             If there is a file in the folder's place.
         """
-        out, names = Path(folder), ("layers", "evals", "stragglers", "interventions", "recipes")
+        out = Path(folder)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
-        tables = {name: getattr(self, name).to_csv(index=False) for name in names}  # takes long: before all else
+        tables = {name: getattr(self, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
         out.mkdir(parents=True, exist_ok=True)
         if meta_in(out).get("plan") not in (None, self.meta["plan"]):
             remove_page(out)

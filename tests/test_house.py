@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sharpscope"
 ROOMS = [
     ["_version", "errors", "counts", "factory"],
     ["table", "recipe", "progress", "classes", "classnames"],
-    ["storage", "journal", "documents", "calibration"],
+    ["storage", "journal", "calibration"],
     ["stragglers"],
     ["sharding"],
     ["tree", "naming"],
