@@ -120,6 +120,15 @@ def test_a_table_that_cannot_be_meant_is_named(table, said):
             '[[rules]]\nid = "a"\nmeasure = "barier"',
             r"rule 1 \('a'\): 'barier' is no measure\n.*'barrier'\?",
         ),
+        (
+            '[[rules]]\nid = "a"\nmeasure = "accuracy"\nsplit = "s"\nmin = true',
+            r"rule 1 \('a'\): 'min' is true\n  fix: float",
+        ),
+        (
+            '[[rules]]\nid = "a"\nmeasure = "accuracy"\nmin-change = 1\nmin_change = 2',
+            r"rule 1 \('a'\): 'min_change' is there twice",
+        ),
+        ('keep_id = false\n[[rules]]\nid = "a"\nmeasure = "accuracy"', "'keep_id': input should be a valid number"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_named(tmp_path, text, said):
