@@ -10,7 +10,7 @@ import typer
 
 from sharpscope._version import __version__
 from sharpscope.commands.scans import demo, report
-from sharpscope.commands.terminal import guarded, say
+from sharpscope.commands.terminal import guarded, say, tell
 from sharpscope.commands.verdicts import check, diff
 from sharpscope.commands.weights import convert, layers, merge
 from sharpscope.errors import SharpscopeError
@@ -38,7 +38,7 @@ def doctor() -> None:
 
     failed = []
     for finding in examine():
-        typer.echo(str(finding))
+        tell(str(finding))
         failed += [finding.name] * (finding.passed is False)
     if failed:
         say(f"error: {len(failed)} checks failed: {', '.join(failed)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from sharpscope.errors import UsageError, nearest
 from sharpscope.losses import Towers
 from sharpscope.measures import DEFAULT
 from sharpscope.partition import Granularity
+from sharpscope.toml import read_toml, underscored
 
 FILE = "config.resolved.toml"
 
@@ -58,6 +58,16 @@ class Settings(BaseModel):
     seed: int = Field(default=0, ge=0, description="number that all draws follow from, 0 or more")
     deterministic: bool = Field(default=False, description="only algorithms that repeat bit by bit; slower on a GPU")
     out: str = Field(default="sharpscope-report", description="folder that everything is written to")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as 1 and 0, which is how pydantic reads them where a number is wanted."""
+        listed = value if isinstance(value, list | tuple) else [value]
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        if any(isinstance(item, bool) for item in listed) and "bool" not in wanted:
+            raise ValueError("input should be no truth value")
+        return value
 
     @field_validator("out")
     @classmethod
@@ -148,13 +158,7 @@ def settings(flags: Mapping[str, Any], config: str | Path | None = None) -> Sett
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the keys of a TOML file, with _ for -; ``UsageError`` if there is none or it is no TOML."""
-    if not path.is_file():
-        raise UsageError(f"there is no configuration file {path}")
-    try:
-        stored = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}") from error
-    return {name.replace("-", "_"): value for name, value in stored.items()}
+    return underscored(read_toml(path, "configuration file"), path)
 
 
 def _usage(fault: Mapping[str, Any]) -> UsageError:

@@ -77,12 +77,16 @@ def read(path: Path) -> tuple[dict[str, Any], list[Cell], int]:
     try:
         header = json.loads(whole[0])
         cells = [decode(line.decode()) for line in whole[1:]]
-    except (IndexError, ValueError, KeyError, TypeError) as damage:
+        if not isinstance(header, dict):
+            raise ValueError("its first line is no header")
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as damage:
         raise UsageError(
             f"{path} is not a readable list of cells ({damage})", "start anew with --fresh (fresh=True)"
         ) from damage
     if header.get("format") != FORMAT:
         raise UsageError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}", "use --fresh")
+    if not isinstance(header.get("plan"), dict):
+        raise UsageError(f"{path} does not say which plan its cells are of", "start anew with --fresh (fresh=True)")
     return header, cells, sum(map(len, whole))
 
 

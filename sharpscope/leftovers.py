@@ -3,10 +3,79 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sharpscope.report.gate import CHECK
+
+TABLES = ("layers", "evals", "stragglers", "interventions", "recipes")  # of a result, kept as CSV beside it
+OWN = (
+    "scan.json",
+    "cells.jsonl",
+    "correct.npz",
+    *(f"{name}.csv" for name in TABLES),
+    "config.resolved.toml",
+    "index.html",
+)
+
+Kind = type | tuple[type, ...]
+
+_NUMBER = (int, float)
+_ALWAYS: Mapping[str, Kind] = {
+    "plan": dict,
+    "alphas": list,
+    "measures": dict,
+    "splits": dict,
+    "layers": dict,
+    "seed": int,
+}
+_USUALLY: Mapping[str, Kind] = {
+    "models": dict,
+    "warnings": list,
+    "unused": list,
+    "provenance": dict,
+    "cost": dict,
+    "granularity": str,
+    "objective": str,
+}
+_INSIDE: Mapping[str, Mapping[str, Kind]] = {
+    "measures": {},
+    "splits": {"role": str},
+    "layers": {"delta_norm": _NUMBER},
+    "models": {},
+}
+
+
+def own_files(folder: str | Path) -> list[Path]:
+    """Return where a scan, its settings and its page lie in the folder; not what the gate said of it."""
+    return [Path(folder) / name for name in OWN]
+
+
+def read_meta(file: Path) -> dict[str, Any]:
+    """Return what a scan says of itself, of the shape that everything else relies on; ``ValueError`` if it is not."""
+    meta = json.loads(file.read_text(encoding="utf-8"))
+    _check_kind("its content", meta, dict)
+    for name, kind in _ALWAYS.items():
+        _check_kind(name, meta.get(name), kind)
+    for name in (name for name in _USUALLY if name in meta):
+        _check_kind(name, meta[name], _USUALLY[name])
+    for table, keys in _INSIDE.items():
+        for name, facts in meta.get(table, {}).items():
+            _check_kind(f"{name!r} in {table}", facts, dict)
+            for key, kind in keys.items():
+                _check_kind(f"{key} of {name!r} in {table}", facts.get(key), kind)
+    for alpha in meta["alphas"]:
+        _check_kind("one of its alphas", alpha, _NUMBER)
+    if "id" not in (facts["role"] for facts in meta["splits"].values()):
+        raise ValueError("none of its splits has the role id")
+    return dict(meta)
+
+
+def _check_kind(name: str, value: Any, kind: Kind) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = "missing or null" if value is None else json.dumps(value)
+        raise ValueError(f"{name} is {found if len(found) <= 60 else found[:57] + '...'}")
 
 
 def meta_in(folder: Path) -> dict[str, Any]:

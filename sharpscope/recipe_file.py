@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from typing import Any
 from sharpscope.errors import UsageError
 from sharpscope.partition import GRANULARITIES, Granularity
 from sharpscope.recipe import CONVENTION, Recipe
+from sharpscope.toml import read_toml
 
 NAME = "recipe.toml"
 _HEAD = "# An alpha per layer: the first rule whose pattern matches a layer's id wins; the last is '*'."
@@ -85,12 +85,7 @@ def read_recipe(path: str | Path) -> RecipeFile:
         alpha 0 is, or says it the other way round, is refused: it would merge backwards.
     """
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UsageError(f"there is no recipe at {file}", "recommended, a number, or a TOML file of rules")
-    try:
-        stored = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no TOML: {error}", _FIX) from error
+    stored = read_toml(file, "recipe at", f"recommended, a number, or a TOML file of rules, {_FIX}")
     if unknown := next((key for key in stored if key not in _KEYS), None):
         near = get_close_matches(unknown, _KEYS, n=1)
         raise UsageError(f"{file}: {unknown!r} is no key of a recipe", f"did you mean {near[0]!r}?" if near else _FIX)
@@ -111,9 +106,16 @@ def _checked(file: Path, stored: Mapping[str, Any]) -> RecipeFile:
         recipe = Recipe(tuple(_rule(rule) for rule in rules))
     except UsageError as error:
         raise UsageError(f"{file}: {error.problem}", error.fix) from error
-    predicted = {str(name): _interval(file, name, found) for name, found in stored.get("predicted", {}).items()}
-    sources = {str(name): str(value) for name, value in stored.get("sources", {}).items()}
+    predicted = {name: _interval(file, name, found) for name, found in _table(file, stored, "predicted").items()}
+    sources = {name: str(value) for name, value in _table(file, stored, "sources").items()}
     return RecipeFile(recipe, granularity, predicted, sources)
+
+
+def _table(file: Path, stored: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = stored.get(name, {})
+    if not isinstance(found, dict):
+        raise UsageError(f"{file}: {name} is {found!r}, not a table", f"[{name}]")
+    return found
 
 
 def _rule(found: Any) -> tuple[str, float]:

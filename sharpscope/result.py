@@ -15,7 +15,7 @@ import pandas as pd
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import replace_text as _replace
-from sharpscope.leftovers import meta_in, remove_page
+from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -278,10 +278,10 @@ class ScanResult:
         OutputError
             If there is a file in the folder's place.
         """
-        out, names = Path(folder), ("layers", "evals", "stragglers", "interventions", "recipes")
+        out = Path(folder)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
-        tables = {name: getattr(self, name).to_csv(index=False) for name in names}  # takes long: before all else
+        tables = {name: getattr(self, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
         out.mkdir(parents=True, exist_ok=True)
         if meta_in(out).get("plan") not in (None, self.meta["plan"]):
             remove_page(out)
@@ -325,8 +325,10 @@ def open_result(folder: str | Path) -> ScanResult:
         found = "a scan that has not finished" if unfinished else "no scan"
         fix = _AGAIN if unfinished else "name the folder given as --out (out=)"
         raise UsageError(f"{place} holds {found} (scan.json is missing)", fix)
+    if not (place / "cells.jsonl").is_file():
+        raise UsageError(f"{place} holds half a scan (cells.jsonl is missing)", _AGAIN)
     try:
-        meta = json.loads((place / "scan.json").read_text(encoding="utf-8"))
+        meta = read_meta(place / "scan.json")
     except ValueError as damage:
         raise UsageError(f"{place / 'scan.json'} is damaged: {damage}", _AGAIN) from damage
     header, cells, _ = journal.read(place / "cells.jsonl")
@@ -334,7 +336,10 @@ def open_result(folder: str | Path) -> ScanResult:
         raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
     if missing := _evaluations(meta) - {cell.key for cell in cells}:
         raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
-    return ScanResult(cells, meta)
+    try:
+        return ScanResult(cells, meta)
+    except ValueError as damage:
+        raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
 
 
 def _evaluations(meta: Mapping[str, Any]) -> set[str]:

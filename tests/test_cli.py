@@ -169,6 +169,9 @@ def test_resolved_settings_read_back_equal(tmp_path):
         ({"alphas": "half"}, "--alphas: could not convert string to float: 'half'"),
         ({"batch_size": "many"}, "--batch-size: input should be a valid integer.*found 'many'"),
         ({"seed": -1}, "--seed: input should be greater than or equal to 0, found -1\n  fix: .* 0 or more"),
+        ({"seed": True}, "--seed: input should be no truth value, found True"),
+        ({"limit": True}, "--limit: input should be no truth value, found True"),
+        ({"alphas": [False, 0.5]}, "--alphas: input should be no truth value"),
         ({"granularity": "atom"}, "--granularity: input should be 'tower', 'block', 'part' or 'tensor'"),
     ],
 )
@@ -182,6 +185,9 @@ def test_a_broken_configuration_file_is_named(tmp_path):
         config.settings({}, tmp_path / "none.toml")
     (tmp_path / "c.toml").write_text("= 3")
     with pytest.raises(UsageError, match=r"c.toml is no TOML: "):
+        config.settings({}, tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text('zero-shot = "a"\nzero_shot = "b"')
+    with pytest.raises(UsageError, match=r"c.toml: 'zero_shot' is there twice, with - and with _"):
         config.settings({}, tmp_path / "c.toml")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import clips
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sharpscope.cli import app
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import ModelError, OutputError, UsageError
 from sharpscope.models import load, pair
 
 CLASSES = ("red", "green")
@@ -102,3 +104,41 @@ def test_what_cannot_be_meant_is_said(arguments, problem, tmp_path, monkeypatch)
     assert done.exit_code == UsageError.exit_code
     assert problem in done.output
     assert not Path("a.safetensors").exists()
+
+
+LIMITED = """
+import resource, sys
+from sharpscope.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.argv = ["sharpscope", "convert", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(tmp_path):
+    """The limit on the size of a file is the disk that is full."""
+    torch.save({"a": torch.zeros(100, 100)}, tmp_path / "a.pt")
+    words = [sys.executable, "-c", LIMITED, tmp_path / "a.pt", "--out", tmp_path / "new.safetensors"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == OutputError.exit_code
+    assert "new.safetensors cannot be written: " in done.stderr
+    assert "fix: make room, or choose another --out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("out", ["/proc/new.safetensors", "a.pt/new.safetensors"])
+def test_a_place_that_cannot_be_written_is_said(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.zeros(3)}, "a.pt")
+    done = run("a.pt", "--out", out)
+    assert done.exit_code == OutputError.exit_code
+    assert f"error: {out} cannot be written: " in done.output
+    assert "fix: make room, or choose another --out" in done.output
+
+
+def test_a_folder_is_not_unpickled(tmp_path):
+    done = run(tmp_path, "--unsafe-pickle", "--out", tmp_path / "new.safetensors")
+    assert done.exit_code == UsageError.exit_code
+    assert f"{tmp_path} is a folder, and one file is unpickled\n  fix: name the file" in done.output

@@ -120,6 +120,15 @@ def test_a_table_that_cannot_be_meant_is_named(table, said):
             '[[rules]]\nid = "a"\nmeasure = "barier"',
             r"rule 1 \('a'\): 'barier' is no measure\n.*'barrier'\?",
         ),
+        (
+            '[[rules]]\nid = "a"\nmeasure = "accuracy"\nsplit = "s"\nmin = true',
+            r"rule 1 \('a'\): 'min' is true\n  fix: float",
+        ),
+        (
+            '[[rules]]\nid = "a"\nmeasure = "accuracy"\nmin-change = 1\nmin_change = 2',
+            r"rule 1 \('a'\): 'min_change' is there twice",
+        ),
+        ('keep_id = false\n[[rules]]\nid = "a"\nmeasure = "accuracy"', "'keep_id': input should be a valid number"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_named(tmp_path, text, said):
@@ -376,6 +385,28 @@ def test_a_verdict_on_nan_cannot_be_given():
         Finding("x", "undecided", 1.0, (math.nan, 2.0), "")
     with pytest.raises(MeasurementError, match="gave the verdict 'passed'"):
         Finding("x", "passed", 1.0, (1.0, 1.0), "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("score", "interval"),
+    [(None, (0, 1)), ("1", (0, 1)), (1.0, None), (1.0, (0,)), (1.0, (0, None)), (1.0, "01"), (1, 2)],
+)
+@pytest.mark.parametrize("verdict", ["pass", "unmeasured"])
+def test_a_score_and_the_ends_of_an_interval_are_numbers(verdict, score, interval):
+    with pytest.raises(MeasurementError, match=r"detector 'x' gave the score .* and the interval "):
+        Finding("x", verdict, score, interval, "")
+
+
+def test_numbers_of_numpy_and_a_list_of_them_are_numbers():
+    assert Finding("x", "pass", np.float32(1), [np.int64(0), 2], "").verdict == "pass"
+
+
+@pytest.mark.parametrize("rules", [None, 5, BarrierDetector(max=0.05)])
+def test_what_is_neither_a_file_nor_a_table_nor_detectors_is_no_rules(rules):
+    with pytest.raises(
+        UsageError, match=r"rules are .*\n  fix: a TOML file, its table as a dict, or a list of detectors"
+    ):
+        check(ENDS, rules)
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss", "confidence", "calibration_error", "barrier"])

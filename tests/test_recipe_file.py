@@ -64,6 +64,8 @@ GOOD = f'alpha_convention = "{CONVENTION}"\nrules = [["*", 0.5]]\n'
         (GOOD.replace('"*"', '"head"'), r"r.toml: the recipe's last pattern is 'head'"),
         (GOOD + 'granularity = "atom"', "granularity 'atom' is unknown"),
         (GOOD + "[predicted]\nid = [60, 50]", r"predicted 'id' is \[60, 50\]"),
+        (GOOD + "predicted = 3", r"r.toml: predicted is 3, not a table\n  fix: \[predicted\]"),
+        (GOOD + 'sources = ["a"]', r"r.toml: sources is \['a'\], not a table"),
         (GOOD + "[predicted]\nid = [0.5, nan]", r"predicted 'id' is \[0.5, nan\]"),
     ],
 )

@@ -212,6 +212,15 @@ BREAKAGES = {
         "merging/output.py", 'target.with_name(f"{target.name}.{os.getpid()}.part")', "target",
         "test_merge_refusals.py::test_a_killed_merge_leaves_a_whole_checkpoint_or_none[False]",
     ),
+    "a document goes over what is read": (
+        "commands/documents.py", "(file for file in read if _same(place, str(file)))", "iter([])",
+        "test_documents.py::test_what_is_read_and_the_other_document_are_no_place_for_a_document"
+        "[check scan --rules r.toml --json scan/cells.jsonl]",
+    ),
+    "a pipe is replaced by a file": (
+        "commands/documents.py", "(replace_text if place in files else _write_through)(place", "replace_text(place",
+        "test_documents.py::test_the_reader_of_a_pipe_gets_the_document_and_the_pipe_stays[command0-passed]",
+    ),
     "bounds are added like standard errors": (
         "comparison.py", 'one + other if "lambda" in measure else', "",
         "test_comparison.py::test_errors_of_means_add_in_squares_and_bounds_of_eigenvalues_add",

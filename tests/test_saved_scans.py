@@ -8,6 +8,7 @@ from planted import planted
 
 import sharpscope as ss
 from sharpscope.errors import UsageError
+from sharpscope.journal import Journal
 from sharpscope.result import ScanResult
 
 FEW = {"alphas": (0.0, 0.5, 1.0), "measures": ("trace",)}
@@ -60,3 +61,73 @@ def cut(file, lines):
 def other_plan(file):
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({**stored, "plan": {**stored["plan"], "seed": 77}}))
+
+
+NEEDED = ("plan", "alphas", "measures", "splits", "seed", "layers")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "3", "{}"])
+def test_a_scan_json_that_is_no_scan_is_damaged(tmp_path, content):
+    (planted(**FEW).save(tmp_path) / "scan.json").write_text(content)
+    with pytest.raises(UsageError, match=r"scan\.json is damaged: (its content|plan) is .*\n  fix: run the same scan"):
+        ss.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_a_scan_lacks_is_named(tmp_path, name):
+    file = planted(**FEW).save(tmp_path) / "scan.json"
+    stored = json.loads(file.read_text())
+    del stored[name]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match=rf"scan\.json is damaged: {name} is missing"):
+        ss.open(tmp_path)
+
+
+ODD = {
+    **dict.fromkeys((*NEEDED, "models", "warnings", "unused", "provenance", "cost"), (None, "x")),
+    "alphas": (None, {}, [0.0, None], [0.0, "1"], [True]),
+    "splits": (None, [], {}, {"id": None}, {"id": {}}, {"a": {"role": "ood"}}),
+    "layers": (None, {"head": 3}, {"head": {}}, {"head": {"delta_norm": "x"}}),
+    "measures": (None, ["trace"], {"trace": None}),
+    "models": (None, {"zero_shot": None}),
+    "seed": (None, True, 0.5, "0"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD.items() for value in values])
+def test_what_is_of_another_kind_is_named(tmp_path, name, value):
+    file = planted(**FEW).save(tmp_path) / "scan.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(UsageError, match=r"scan\.json is damaged: .*\n  fix: run the same scan") as refused:
+        ss.open(tmp_path)
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("[]", "is not a readable list of cells"),
+        ("null", "is not a readable list of cells"),
+        ('{"format": 1}', "does not say which plan its cells are of"),
+        ('{"format": 1, "plan": []}', "does not say which plan its cells are of"),
+        ('{"format": 1, "plan": {}}\n{"cell": "a", "rows": [], "arrays": []}', "is not a readable list of cells"),
+        (
+            '{"format": 1, "plan": {}}\n{"cell": "a", "rows": [], "arrays": {}}',
+            "cells that its scan.json does not know",
+        ),
+    ],
+)
+def test_cells_that_are_no_cells_are_refused(tmp_path, header, said):
+    file = planted(**FEW).save(tmp_path) / "cells.jsonl"
+    file.write_text("\n".join([*header.splitlines(), *file.read_text().splitlines()[1:]]) + "\n")
+    with pytest.raises(UsageError, match=said):
+        ss.open(tmp_path)
+    if "plan" in said or "readable" in said:
+        with pytest.raises(UsageError, match=said):  # nor does a scan resume there
+            Journal(file, {})
+
+
+def test_cells_that_are_gone_are_missed(tmp_path):
+    (planted(**FEW).save(tmp_path) / "cells.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"cells\.jsonl is missing\)\n  fix: run the same scan"):
+        ss.open(tmp_path)

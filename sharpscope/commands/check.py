@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from sharpscope.commands.documents import write_documents
 from sharpscope.detectors import GateResult, check
 from sharpscope.detectors.documents import as_json, junit, markdown
-from sharpscope.documents import write_documents
+from sharpscope.leftovers import own_files
 from sharpscope.result import open_result
 
 DOCUMENTS = {"junit": junit, "json": as_json, "md": markdown}
@@ -21,14 +22,14 @@ def gate(folder: str | Path, rules: str | Path, documents: Mapping[str, str | No
     folder, rules
         See :func:`sharpscope.open` and :func:`sharpscope.check`.
     documents
-        ``junit``, ``json``, ``md`` -> file, None for one that is not wanted.
+        ``junit``, ``json``, ``md`` -> file, ``-`` for stdout, None for one that is not wanted.
 
     Raises
     ------
     UsageError
-        For rules that cannot be meant, or a file that cannot be written; then none is.
+        For rules that cannot be meant, or a place that is no place for a document; then none is written.
     """
     found = check(open_result(folder), rules)
-    wanted = {kind: Path(place) for kind, place in documents.items() if place is not None}
-    write_documents({place: DOCUMENTS[kind](found) for kind, place in wanted.items()})
+    texts = [(place, DOCUMENTS[kind](found)) for kind, place in documents.items() if place is not None]
+    write_documents(texts, read=[Path(rules), *own_files(folder)])
     return found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import ModelError, OutputError, UsageError
 from sharpscope.models.conversion import CONVERSIONS
 from sharpscope.models.installed import first_line
 from sharpscope.models.tensors import read_tensors
@@ -39,6 +41,8 @@ def convert(source: Path, out: Path, *, to: str | None = None, unsafe_pickle: bo
         If there is no source, or something is at ``out``.
     ModelError
         If the source cannot be read, or is code and ``unsafe_pickle`` is not set.
+    OutputError
+        If ``out`` cannot be written.
     """
     if not source.exists():
         raise UsageError(f"there is no file {source}", "a file or directory of weights")
@@ -48,18 +52,27 @@ def convert(source: Path, out: Path, *, to: str | None = None, unsafe_pickle: bo
         raise UsageError(f"{out} exists", "choose another --out, or remove it")
     if to is not None and to not in CONVERSIONS:
         raise UsageError(f"--to {to} is no library", f"one of {', '.join(CONVERSIONS)}")
+    if unsafe_pickle and source.is_dir():
+        raise UsageError(f"{source} is a folder, and one file is unpickled", f"name the file, as {source}/model.pt")
     weights: Mapping[str, Tensor] = _unpickled(source) if unsafe_pickle else read_tensors(source)
     if to is not None and library_of(weights)[0] != to:
         weights = CONVERSIONS[to](weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # Tensors that share memory would be refused.
+    _write({name: weights[name].clone().contiguous() for name in weights}, out)
+    return len(weights)
+
+
+def _write(weights: dict[str, Tensor], out: Path) -> None:
     beside = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
-        # Tensors that share memory would be refused.
-        save_file({name: weights[name].clone().contiguous() for name in weights}, beside, metadata={"format": "pt"})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, beside, metadata={"format": "pt"})
         beside.replace(out)
+    except (OSError, SafetensorError) as error:  # the library has its own word for a full disk
+        raise OutputError(f"{out} cannot be written: {error}", "make room, or choose another --out") from error
     finally:
-        beside.unlink(missing_ok=True)
-    return len(weights)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def _unpickled(source: Path) -> Mapping[str, Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sharpscope.commands.documents import write_documents
 from sharpscope.comparison import Comparison
 from sharpscope.comparison import diff as comparison
-from sharpscope.documents import write_documents
+from sharpscope.leftovers import own_files
 from sharpscope.result import open_result
 
 SHOWN = 12  # rows of a table; the JSON has all
@@ -19,10 +19,10 @@ _WIDE = 40  # characters of a value
 
 
 def compared(first: str, second: str, file: str | None = None) -> str:
-    """Return the comparison of two folders as text; write all of it to a JSON file if one is named."""
+    """Return the comparison of two folders as text; write all of it as JSON to a place if one is named."""
     found = comparison(open_result(first), open_result(second))
     if file is not None:
-        write_documents({Path(file): found.to_json() + "\n"})
+        write_documents([(file, found.to_json() + "\n")], read=[*own_files(first), *own_files(second)])
     return "\n".join([f"first:  {first}", f"second: {second}", *_lines(found)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -25,9 +26,18 @@ def rank() -> int:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
+def tell(text: str | bytes, *, err: bool = False) -> None:
+    """Print a line; that its reader has gone, as ``head`` goes, is no error and changes no exit code."""
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else the interpreter ends on what is left to flush
+
+
 def say(text: str) -> None:
     """Print a line for people, on stderr; other processes than the first say who they are."""
-    typer.echo(f"rank {rank()}: {text}" if rank() else text, err=True)
+    tell(f"rank {rank()}: {text}" if rank() else text, err=True)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -74,4 +84,4 @@ def show(result: ScanResult, folder: str | Path) -> None:
     """Print the result and where its page is, in the first process."""
     if rank():
         return
-    typer.echo(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
+    tell(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 from sharpscope.errors import MeasurementError, UsageError
 
@@ -39,7 +40,8 @@ class Finding:
     Raises
     ------
     MeasurementError
-        For a verdict on NaN or on an interval without order, which is never "pass", and for one that is no verdict.
+        For a verdict on NaN or on an interval without order, which is never "pass", for one that is no verdict, and for
+        a score or an end that is no number.
     """
 
     detector: str
@@ -54,7 +56,13 @@ class Finding:
             raise MeasurementError(
                 f"detector {self.detector!r} gave the verdict {self.verdict!r}", f"one of: {', '.join(VERDICTS)}"
             )
-        low, high = self.interval
+        ends = tuple(self.interval) if isinstance(self.interval, Iterable) else ()
+        if len(ends) != 2 or not all(isinstance(number, SupportsFloat) for number in (self.score, *ends)):
+            raise MeasurementError(
+                f"detector {self.detector!r} gave the score {self.score!r} and the interval {self.interval!r}",
+                "a score is a number and an interval two, nan where there is none",
+            )
+        low, high = ends
         if self.verdict != "unmeasured" and not (math.isfinite(self.score) and low <= high):
             raise MeasurementError(
                 f"detector {self.detector!r} calls {self.score} (95 % interval {low} to {high}) {self.verdict!r}",

@@ -127,6 +127,8 @@ def _rules(result: ScanResult, rules: str | Path | Mapping[str, Any] | Rules | I
         return read_rules(rules, known)
     if isinstance(rules, Mapping):
         return rules_from(rules, known=known)
+    if not isinstance(rules, Iterable):
+        raise UsageError(f"rules are {rules!r}", "a TOML file, its table as a dict, or a list of detectors")
     detectors = tuple(Rule(f"{place} {_name(d)}", d) for place, d in enumerate(rules, 1))
     if not detectors:
         raise UsageError("there are no rules: a gate without any passes everything", "name at least one")

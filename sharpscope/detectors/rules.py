@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -19,6 +18,7 @@ from sharpscope.detectors.layers import SharpnessDetector, StragglerDetector
 from sharpscope.detectors.scan import MeasuredDetector, RecommendedAlphaDetector
 from sharpscope.errors import SharpscopeError, UsageError, nearest
 from sharpscope.table import EVALUATIONS
+from sharpscope.toml import read_toml, underscored
 
 GROUP = "sharpscope.detectors"  #: entry points under which other packages offer detectors
 TABLE = ("tool", "sharpscope", "check")
@@ -71,7 +71,7 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     undecided: Undecided = "fail"
-    keep_id: float | None = Field(default=None, le=0)
+    keep_id: float | None = Field(default=None, le=0, strict=True)  # true is no number
     rules: list[dict[str, Any]] = Field(min_length=1)
 
 
@@ -98,12 +98,7 @@ def read_rules(path: str | Path, known: tuple[str, ...] = ()) -> Rules:
         For the first thing that cannot be meant, naming file, rule, key and the nearest one known.
     """
     place = Path(path)
-    if not place.is_file():
-        raise UsageError(f"there is no file of rules {place}", "--rules pyproject.toml")
-    try:
-        stored = tomllib.loads(place.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{place} is no TOML: {error}") from error
+    stored = read_toml(place, "file of rules", "a file of TOML, e.g. --rules pyproject.toml")
     return rules_from(_table(stored, place) if "tool" in stored else stored, str(place), known)
 
 
@@ -122,7 +117,7 @@ def _table(stored: dict[str, Any], place: Path) -> dict[str, Any]:
 def rules_from(table: Mapping[str, Any], source: str = "rules", known: tuple[str, ...] = ()) -> Rules:
     """Return the rules of a table as TOML gives it; see :func:`read_rules`."""
     try:
-        checked = _Table(**_underscored(table))
+        checked = _Table(**underscored(table, source))
     except ValidationError as error:
         raise UsageError(f"{source}: {_fault(error, tuple(_Table.model_fields))}") from error
     shared = {} if checked.keep_id is None else {"keep_id": checked.keep_id}
@@ -135,15 +130,10 @@ def rules_from(table: Mapping[str, Any], source: str = "rules", known: tuple[str
     return Rules(rules, checked.undecided)
 
 
-def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table with keys written with - or _ alike, as in the configuration of a report."""
-    return {name.replace("-", "_"): value for name, value in table.items()}
-
-
 def _rule(stored: Mapping[str, Any], shared: Mapping[str, Any], where: str, known: tuple[str, ...]) -> Rule:
     where += f" ({stored['id']!r})" if isinstance(stored.get("id"), str) else ""
+    stored = underscored(stored, where)
     try:
-        stored = _underscored(stored)
         head = _Head(**stored)
         factory = _factory(head, known)
         settings = {name: value for name, value in stored.items() if name not in _HEAD}
@@ -186,6 +176,7 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
         if name not in allowed:
             raise UsageError(f"{name!r} is no key of this rule", nearest(name, [*allowed, *_HEAD]))
     if hasattr(factory, "__dataclass_fields__"):
+        _check_numbers(factory, settings)
         made: Detector = TypeAdapter(cast(Any, factory)).validate_python(settings)
         return made
     try:
@@ -195,6 +186,13 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
             f"the detector cannot be made: {error}", f"its keys: {', '.join(allowed) or 'none'}"
         ) from error
     return factory(**settings)
+
+
+def _check_numbers(factory: Callable[..., Detector], settings: Mapping[str, Any]) -> None:
+    """Refuse true and false as 1 and 0, which is how pydantic reads them where a number is wanted."""
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if isinstance(settings.get(name), bool) and "bool" not in str(parameter.annotation):
+            raise UsageError(f"{name!r} is {str(settings[name]).lower()}", str(parameter.annotation))
 
 
 def _fault(error: ValidationError, known: tuple[str, ...]) -> str:
