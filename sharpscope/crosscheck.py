@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sharpscope.batches import check_taken
 from sharpscope.counts import whole
 from sharpscope.curvature.point import Point
 from sharpscope.data import as_split
@@ -190,6 +191,7 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     if chosen not in layers:
         raise UsageError(f"there is no layer {chosen!r}", nearest(chosen, layers))
     split, limit, seed = as_split(loader, "data"), whole("limit", limit), whole("seed", seed, 0)
+    check_taken(split.unread, model, split.name)
     batch = split.sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
     weights = {**net.buffers, **net.parameters}
     objective = Objective(net.forward, cross_entropy, (Batch(*batch),))

@@ -48,6 +48,8 @@ class Split:
         A text for each image, None if there are none.
     labelled
         Whether there are labels; without, there must be captions, and ``targets`` are zero.
+    unread
+        Keys of what batches hold beside images and labels.
     fingerprint
         SHA-256 of all inputs as the model gets them, labels and captions; the same for any batching. It changes
         with the preprocessing too. Cost: the first reading, with about a second per GB on top.
@@ -83,10 +85,11 @@ class Split:
 
     def _first_pass(self, progress: bool | None) -> None:
         digest, targets, size = hashlib.sha256(), [], 0
-        captions, labelled = list[str](), set[bool]()
-        for batch, texts, has_labels in reading(self._items(), self.name, self._length(), progress):
+        captions, labelled, unread = list[str](), set[bool](), set[str]()
+        for batch, texts, has_labels, left in reading(self._items(), self.name, self._length(), progress):
             captions += texts or ()
             labelled.add(has_labels)
+            unread |= left
             digest.update(loaders.raw_bytes(batch.inputs))
             self._marks.append(loaders.mark(batch.inputs))
             targets.append(batch.targets.cpu())
@@ -100,7 +103,7 @@ class Split:
             )
         loaders.check_shared_out(self._loader, self._marks, self.name)
         self.targets = torch.cat(targets)
-        self.labelled = labelled == {True}
+        self.labelled, self.unread = labelled == {True}, frozenset(unread)
         if len(labelled) > 1 or len(captions) not in (0, len(self)):
             raise DataError(f"some batches of {self.name!r} have labels or captions, others not", "the same in each")
         self.captions = tuple(captions) if captions else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpscope.batches import check_taken
 from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
@@ -150,6 +151,8 @@ def prepare(
     _check_names(list(dict.fromkeys([id_split, *ood, curvature])))
     (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
+    for split in (id_split, *ood, curvature):
+        check_taken(split.unread, module, split.name)
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))

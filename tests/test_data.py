@@ -53,6 +53,14 @@ def test_any_loader_gives_the_same_examples_again_and_again(loader):
         ([X], "batch 0 of 'id' is a Tensor, without labels"),
         ([(X,)], "a tuple of 1, without labels"),
         ([{"image": X}], r"mapping with keys \['image'\], without labels"),
+        (
+            [{"input_ids": X.long(), "attention_mask": X.long(), "labels": Y}],
+            r"of keys \['attention_mask', 'input_ids', 'labels'\], no image among them\n  fix: .*one tensor",
+        ),
+        (
+            [({"ids": X.long(), "mask": X.long()}, Y)],
+            r"of keys \['ids', 'mask'\], no image .*\n  fix: .*wrapper",
+        ),
         ([(X, Y.float())], r"targets \(10,\) torch.float32, no whole numbers by type\n  fix: one integer class"),
         ([(X, torch.eye(10))], r"targets \(10, 10\) torch.float32, one-hot\n  fix: class numbers: y.argmax\(dim=1\)"),
         ([(X, torch.ones(10, 3).long())], r"targets \(10, 3\) torch.int64, several labels an image"),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
 from sharpscope.criticality import criticality
-from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.errors import DataError, MismatchError, ModelError, UsageError
 from sharpscope.finetune import Schedule
 from sharpscope.losses import code_of
 
@@ -55,6 +55,32 @@ def test_sharpness_on_a_sets_own_data_is_on_that_set():
 def test_no_set_is_called_as_the_mean_over_sets(name):
     with pytest.raises(UsageError, match=f"{name!r} stands for the mean over OOD sets"):
         scan(ood={name: loader()})
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, pixel_mask=None):
+        return self.linear(pixel_values if pixel_mask is None else pixel_values * pixel_mask)
+
+
+@pytest.mark.parametrize("form", ["mapping", "pair"])
+def test_a_mask_that_the_forward_takes_is_not_left_out_silently(form):
+    x, y = next(iter(loader()))
+    inputs = {"pixel_values": x, "pixel_mask": torch.zeros_like(x), "path": ["?"] * len(x), "head_mask": None}
+    data = [{**inputs, "labels": y} if form == "mapping" else (inputs, y)]
+    net = Masked().eval()
+    calls = (
+        lambda: ss.scan(net, net, [(x, y)], ood={"far": data}, alphas=[0], measures=[], progress=False),
+        lambda: ss.verify(net, data),
+        lambda: criticality(net, net, data),
+    )
+    for called, name in zip(calls, ("far", "data", "id"), strict=True):
+        with pytest.raises(DataError, match=f"'{name}' gives 'pixel_mask' beside the images.*\n  fix: .*one tensor"):
+            called()
+    assert not ss.verify(network(0), data).empty  # of which no forward takes a mask
 
 
 # --- losses of one's own
