@@ -171,6 +171,7 @@ def prepare(
     objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
     layers, example = _touched(objective, {**constants, **path.start}, everything, labelled)
+    notes += _untouched(path, everything, layers)
     if parallel != "weights":
         notes += _same_forward(objective, networks, constants, path)
     objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
@@ -234,6 +235,18 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_differentiable(example, weights, everything.names)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
+
+
+def _untouched(path: Path, everything: Partition, touched: Partition) -> list[str]:
+    """Return a warning if layers that the loss does not touch differ between the models."""
+    left = {layer: names for layer, names in everything.layers.items() if layer not in touched.layers}
+    moved = [
+        layer
+        for layer, names in left.items()
+        if not all(torch.equal(local(path.start[name]), local(path.end[name])) for name in names)
+    ]
+    told = f"the outputs do not depend on {len(moved)} of the layers that differ between the models"
+    return [f"{told} ({moved[0]}{', ...' if moved[1:] else ''}): nothing is measured there"] if moved else []
 
 
 def _same_forward(objective: Objective, networks: tuple[Network, Network], constants: Tree, path: Path) -> list[str]:

@@ -328,6 +328,54 @@ def test_a_layer_that_is_called_model_is_not_taken_for_the_whole_network():
         scan(patterns={"model": "0"})
 
 
+class Several(nn.Module):
+    """Gives a tuple: logits, or features first."""
+
+    def __init__(self, kind, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head, self.kind = nn.Linear(8, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        features = self.body(x)
+        return {
+            "states": lambda: (self.head(features), features[:, None], None, x.long()),  # as transformers' tuples
+            "features": lambda: (features, self.head(features)),
+            "headless": lambda: features,
+        }[self.kind]()
+
+
+def test_a_tuple_with_features_beside_the_logits_is_refused():
+    ends = [Several("features", seed).eval() for seed in (0, 1)]
+    said = r"returned a tuple with 2 matrices, of shapes \(\d+, 6\), \(\d+, 3\).*\n  fix: .*the logits alone"
+    for called in (lambda: ss.scan(*ends, loader(), progress=False), lambda: ss.verify(ends[0], loader())):
+        with pytest.raises(ModelError, match=said):
+            called()
+
+
+def test_the_only_matrix_at_the_head_of_a_tuple_is_the_logits():
+    ends = [Several("states", seed).eval() for seed in (0, 1)]
+    found = ss.scan(*ends, loader(), alphas=[0], measures=[], progress=False).evals
+    (x, y) = loader().dataset.tensors
+    expected = cross_entropy(ends[0](x)[0], y).item()
+    assert found.loc[found["measure"] == "loss", "value"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_layers_that_differ_and_do_not_touch_the_outputs_are_warned_of():
+    def warned(first, second):
+        return ss.scan(first.eval(), second.eval(), loader(), alphas=[0], measures=["trace"], progress=False).meta
+
+    meta = warned(Several("headless"), Several("headless", 1))
+    assert meta["unused"] == ["head"]
+    (said,) = meta["warnings"]
+    assert said == (
+        "the outputs do not depend on 1 of the layers that differ between the models (head): nothing is measured there"
+    )
+    same = Several("headless", 1)
+    same.head = Several("headless").head
+    assert warned(Several("headless"), same)["warnings"] == []
+
+
 class Permuted(nn.Module):
     def __init__(self, order):
         super().__init__()
