@@ -73,7 +73,7 @@ class Split:
         self.name = name
         self.classes = tuple(classes) if classes is not None else loaders.class_names(loader)
         self.columns = tuple(columns) if columns is not None else getattr(loader, "columns", None)
-        self._loader = loader
+        self._loader, self._draws = loader, loaders.Draws()
         self._cache: list[Batch] | None = []
         self._marks: list[int] = []
         self._numbers: Tensor | None = None
@@ -115,7 +115,7 @@ class Split:
 
     def _items(self) -> Iterator[Item]:
         """Yield what the loader gives, batches of no example left out."""
-        found = (as_item(item, self.name, index) for index, item in enumerate(self._loader))
+        found = (as_item(item, self.name, index) for index, item in enumerate(self._draws.of(self._loader)))
         return (item for item in found if len(item.batch.targets))
 
     def _batches(self) -> Iterator[Batch]:

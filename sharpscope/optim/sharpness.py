@@ -74,7 +74,7 @@ class SharpnessProbe:
 
     def __init__(self, batches: Iterable[Any], measure: Measure = FEW, *, seed: int = 0) -> None:
         # A clone made outside inference mode can be saved for backward whatever mode the loader ran in.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.random.fork_rng([]):  # a DataLoader draws a seed when it is read
             found = [as_batch(item, "batches", index) for index, item in enumerate(batches)]
             self.batches = tuple(Batch(x.clone(), y.clone()) for x, y in found if len(y))
         if not self.batches:
