@@ -167,6 +167,17 @@ def _label_fault(targets: Tensor) -> tuple[str, str] | None:
     return None if targets.ndim == 1 else ("too many axes", "one integer class per example, of shape (n,)")
 
 
+def check_range(targets: Tensor, classes: int, name: str) -> None:
+    """Raise if a label is no number of one of so many outputs."""
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
+        raise DataError(
+            f"{name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})" + unlabelled,
+            "check that labels and model number the same classes",
+        )
+
+
 def _check_finite(inputs: Tensor, where: str) -> None:
     if not inputs.is_floating_point() or bool(inputs.isfinite().all()):
         return

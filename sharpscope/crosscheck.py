@@ -19,6 +19,7 @@ from sharpscope.counts import whole
 from sharpscope.curvature.point import Point
 from sharpscope.data import as_split
 from sharpscope.errors import UsageError, nearest
+from sharpscope.evaluate import class_count
 from sharpscope.losses import cross_entropy
 from sharpscope.network import logits, network
 from sharpscope.objective import Batch, Objective, check_differentiable
@@ -195,8 +196,7 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     batch = split.sample(limit, seed, limit)[0].to(next(iter(net.parameters.values())).device)
     weights = {**net.buffers, **net.parameters}
     objective = Objective(net.forward, cross_entropy, (Batch(*batch),))
-    with torch.no_grad():
-        split.check_labels(objective.outputs(weights, batch.inputs[:1]).shape[1])
+    split.check_labels(class_count(objective, weights, batch.inputs, "the model", split.name))
     check_differentiable(objective, weights, names)
     point, dtype = Point(objective, weights, names), next(iter(net.parameters.values())).dtype
     rows = _itself(point, weights, dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope import loaders
-from sharpscope.batches import Item, as_item
+from sharpscope.batches import Item, as_item, check_range
 from sharpscope.classes import numbering
 from sharpscope.errors import DataError
 from sharpscope.objective import Batch
@@ -226,15 +226,8 @@ class Split:
                 f"{self.name!r} has captions but no labels; accuracy and loss are measured, which need them",
                 "labelled images; captions alone serve as sharpness_on with objective='contrastive'",
             )
-        low, high = int(self.targets.min()), int(self.targets.max())
-        if low < 0 or high >= classes:
-            unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
-            raise DataError(
-                f"{self.name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})"
-                + unlabelled,
-                "check that labels and model number the same classes",
-            )
-        self._check_names(classes, high)
+        check_range(self.targets, classes, self.name)
+        self._check_names(classes, int(self.targets.max()))
         if self.columns is not None and not set(self.targets.tolist()) <= set(self.columns):
             raise DataError(f"{self.name!r} has labels outside its own classes {self.columns}", "check the class map")
 

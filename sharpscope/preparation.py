@@ -18,6 +18,7 @@ from sharpscope.curvature.recorded import shortened
 from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.evaluate import class_count
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
 from sharpscope.losses import Towers
@@ -227,7 +228,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     """
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
-        split.check_labels(_classes(first, weights, split))
+        split.check_labels(class_count(first, weights, next(iter(split)).inputs, ROLES[0], split.name))
     check_additive(first, weights)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
@@ -284,17 +285,3 @@ def _off_the_path(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]
     both = [(name, ours.get(name), theirs[name]) for name in theirs if name not in path.start]
     tensors = [(name, a, b) for name, a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
     return [name for name, a, b in tensors if not torch.equal(a.cpu(), b.cpu())]
-
-
-def _classes(objective: Objective, weights: Tree, split: Split) -> int:
-    """Return how many classes the model tells apart; ``ModelError`` if it cannot take the data."""
-    example = next(iter(split)).inputs[:1].to(next(iter(weights.values())).device)
-    try:
-        with torch.no_grad():
-            return objective.outputs(weights, example).shape[1]
-    except RuntimeError as refusal:
-        raise ModelError(
-            f"the zero-shot model fails on inputs of {split.name!r} of shape {tuple(example.shape)} {example.dtype}: "
-            f"{refusal}",
-            "give the loader the size, channels and dtype that the model was made for",
-        ) from refusal
