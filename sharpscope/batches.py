@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.errors import DataError
 from sharpscope.objective import Batch
@@ -16,14 +17,19 @@ IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "cls")
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt")
 _FORM = f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}"
+_PACKED = "several inputs packed into one tensor, which the forward of a wrapper around the model takes apart"
 
 
 class Item(NamedTuple):
-    """A batch as a loader gave it: with labels or, all zero then, without; with a caption for each image or without."""
+    """A batch as a loader gave it: with labels or, all zero then, without; with a caption for each image or without.
+
+    ``unread`` are the keys of what else is there.
+    """
 
     batch: Batch
     captions: tuple[str, ...] | None
     labelled: bool
+    unread: frozenset[str]
 
 
 def as_item(item: Any, name: str, index: int) -> Item:
@@ -38,7 +44,26 @@ def as_item(item: Any, name: str, index: int) -> Item:
     labelled = captions is None or any(key in item for key in LABEL_KEYS)
     if not labelled:
         item = {**item, LABEL_KEYS[0]: torch.zeros(len(captions or ()), dtype=torch.long)}
-    return Item(as_batch(item, name, index), captions, labelled)
+    return Item(as_batch(item, name, index), captions, labelled, unread(item))
+
+
+def unread(item: Any) -> frozenset[str]:
+    """Return the keys of what a loader gave beside images and labels."""
+    given = item[0] if isinstance(item, tuple | list) and item else item
+    if not isinstance(given, Mapping):
+        return frozenset()
+    read = {_image_key(given), *LABEL_KEYS}
+    return frozenset(key for key, value in given.items() if key not in read and value is not None)
+
+
+def check_taken(keys: frozenset[str], module: nn.Module, name: str) -> None:
+    """Raise if the model's forward takes what is not read: without it, it is another function."""
+    if lost := sorted(keys & inspect.signature(module.forward).parameters.keys()):
+        raise DataError(
+            f"{name!r} gives {', '.join(map(repr, lost))} beside the images; the model's forward takes that, and is "
+            "given one tensor",
+            f"{_PACKED}; or batches without that, if the model does as well",
+        )
 
 
 def _captions(item: Mapping[Any, Any], where: str) -> tuple[str, ...] | None:
@@ -48,7 +73,7 @@ def _captions(item: Mapping[Any, Any], where: str) -> tuple[str, ...] | None:
         return None
     found = item[key]
     if isinstance(found, list | tuple) and all(isinstance(text, str) for text in found):
-        images = next((item[key] for key in IMAGE_KEYS if key in item), found)
+        images = item.get(_image_key(item), found)
         if len(images) != len(found):
             raise DataError(f"{where} has {len(images)} images and {len(found)} captions", "a caption for each image")
         return tuple(found)
@@ -72,7 +97,7 @@ def as_batch(item: Any, name: str, index: int) -> Batch:
     where = f"batch {index} of {name!r}"
     inputs, targets = _pair(item, where)
     if isinstance(inputs, Mapping):  # what a processor of transformers returns
-        inputs = next((inputs[key] for key in IMAGE_KEYS if key in inputs), inputs)
+        inputs = _image(inputs, where)
     x, y = _tensor(inputs, "images", where), _tensor(targets, "labels", where)
     if fault := _label_fault(y):
         raise DataError(f"{where} has targets {tuple(y.shape)} {y.dtype}, {fault[0]}", fault[1])
@@ -85,9 +110,22 @@ def as_batch(item: Any, name: str, index: int) -> Batch:
     return Batch(x, y.long())
 
 
+def _image_key(item: Mapping[Any, Any]) -> str | None:
+    return next((key for key in IMAGE_KEYS if key in item), None)
+
+
+def _image(item: Mapping[Any, Any], where: str) -> Any:
+    key = _image_key(item)
+    if key is None:
+        raise DataError(
+            f"{where} is of keys {sorted(map(str, item))}, no image among them", f"one of {IMAGE_KEYS}; {_PACKED}"
+        )
+    return item[key]
+
+
 def _pair(item: Any, where: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        inputs = next((item[key] for key in IMAGE_KEYS if key in item), None)
+        inputs = _image(item, where)
         targets = next((item[key] for key in LABEL_KEYS if key in item), None)
         found = f"a mapping with keys {sorted(map(str, item))}"
     else:
@@ -127,6 +165,17 @@ def _label_fault(targets: Tensor) -> tuple[str, str] | None:
     if targets.ndim == 2 and shape[1] == 1:
         return "a column", "one integer class per example, of shape (n,): y.squeeze(1)"
     return None if targets.ndim == 1 else ("too many axes", "one integer class per example, of shape (n,)")
+
+
+def check_range(targets: Tensor, classes: int, name: str) -> None:
+    """Raise if a label is no number of one of so many outputs."""
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
+        raise DataError(
+            f"{name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})" + unlabelled,
+            "check that labels and model number the same classes",
+        )
 
 
 def _check_finite(inputs: Tensor, where: str) -> None:

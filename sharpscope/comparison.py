@@ -13,7 +13,7 @@ import pandas as pd
 
 from sharpscope.detectors.intervals import independent, proportion
 from sharpscope.errors import MismatchError, SharpscopeError
-from sharpscope.result import ScanResult
+from sharpscope.result import ScanResult, check_opened
 from sharpscope.stragglers.paired import Difference, difference
 from sharpscope.table import Array, reach
 
@@ -69,14 +69,16 @@ def diff(first: ScanResult, second: ScanResult) -> Comparison:
 
     Raises
     ------
-    MismatchError
-        If they share neither a measured layer nor an accuracy.
+    UsageError, MismatchError
+        If one is no result, or they share neither a measured layer nor an accuracy.
 
     Notes
     -----
     With the same seed both scans draw the same probes, so that their errors cancel in part: the intervals of
     ``layers`` are then too wide, never too narrow.
     """
+    check_opened(first)
+    check_opened(second)
     layers, accuracy = _layers(first, second), _accuracy(first, second)
     if layers.empty and accuracy.empty:
         raise MismatchError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpscope import loaders
-from sharpscope.batches import Item, as_item
+from sharpscope.batches import Item, as_item, check_range
 from sharpscope.classes import numbering
 from sharpscope.errors import DataError
 from sharpscope.objective import Batch
@@ -48,6 +48,8 @@ class Split:
         A text for each image, None if there are none.
     labelled
         Whether there are labels; without, there must be captions, and ``targets`` are zero.
+    unread
+        Keys of what batches hold beside images and labels.
     fingerprint
         SHA-256 of all inputs as the model gets them, labels and captions; the same for any batching. It changes
         with the preprocessing too. Cost: the first reading, with about a second per GB on top.
@@ -71,7 +73,7 @@ class Split:
         self.name = name
         self.classes = tuple(classes) if classes is not None else loaders.class_names(loader)
         self.columns = tuple(columns) if columns is not None else getattr(loader, "columns", None)
-        self._loader = loader
+        self._loader, self._draws = loader, loaders.Draws()
         self._cache: list[Batch] | None = []
         self._marks: list[int] = []
         self._numbers: Tensor | None = None
@@ -83,10 +85,11 @@ class Split:
 
     def _first_pass(self, progress: bool | None) -> None:
         digest, targets, size = hashlib.sha256(), [], 0
-        captions, labelled = list[str](), set[bool]()
-        for batch, texts, has_labels in reading(self._items(), self.name, self._length(), progress):
+        captions, labelled, unread = list[str](), set[bool](), set[str]()
+        for batch, texts, has_labels, left in reading(self._items(), self.name, self._length(), progress):
             captions += texts or ()
             labelled.add(has_labels)
+            unread |= left
             digest.update(loaders.raw_bytes(batch.inputs))
             self._marks.append(loaders.mark(batch.inputs))
             targets.append(batch.targets.cpu())
@@ -100,7 +103,7 @@ class Split:
             )
         loaders.check_shared_out(self._loader, self._marks, self.name)
         self.targets = torch.cat(targets)
-        self.labelled = labelled == {True}
+        self.labelled, self.unread = labelled == {True}, frozenset(unread)
         if len(labelled) > 1 or len(captions) not in (0, len(self)):
             raise DataError(f"some batches of {self.name!r} have labels or captions, others not", "the same in each")
         self.captions = tuple(captions) if captions else None
@@ -112,7 +115,7 @@ class Split:
 
     def _items(self) -> Iterator[Item]:
         """Yield what the loader gives, batches of no example left out."""
-        found = (as_item(item, self.name, index) for index, item in enumerate(self._loader))
+        found = (as_item(item, self.name, index) for index, item in enumerate(self._draws.of(self._loader)))
         return (item for item in found if len(item.batch.targets))
 
     def _batches(self) -> Iterator[Batch]:
@@ -223,15 +226,8 @@ class Split:
                 f"{self.name!r} has captions but no labels; accuracy and loss are measured, which need them",
                 "labelled images; captions alone serve as sharpness_on with objective='contrastive'",
             )
-        low, high = int(self.targets.min()), int(self.targets.max())
-        if low < 0 or high >= classes:
-            unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
-            raise DataError(
-                f"{self.name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})"
-                + unlabelled,
-                "check that labels and model number the same classes",
-            )
-        self._check_names(classes, high)
+        check_range(self.targets, classes, self.name)
+        self._check_names(classes, int(self.targets.max()))
         if self.columns is not None and not set(self.targets.tolist()) <= set(self.columns):
             raise DataError(f"{self.name!r} has labels outside its own classes {self.columns}", "check the class map")
 

@@ -11,12 +11,32 @@ from torch.nn.functional import cross_entropy
 
 from sharpscope.calibration import calibration_error
 from sharpscope.curvature.estimate import mean_and_error
-from sharpscope.objective import Batch, Forward
+from sharpscope.errors import ModelError
+from sharpscope.objective import Batch, Forward, Objective
 from sharpscope.ranks import ALONE, Ranks
 from sharpscope.table import MODEL, Array, Cell, Row, cell_key
 from sharpscope.tree import Tree
 
 BOOTSTRAPS = 100
+
+
+@torch.no_grad()
+def class_count(objective: Objective, weights: Tree, inputs: Tensor, role: str, name: str) -> int:
+    """Return how many classes the model tells apart. Cost: a forward of an example.
+
+    Raises
+    ------
+    ModelError
+        If it cannot take the data.
+    """
+    example = inputs[:1].to(next(iter(weights.values())).device)
+    try:
+        return objective.outputs(weights, example).shape[1]
+    except (RuntimeError, ValueError, IndexError) as refusal:
+        raise ModelError(
+            f"{role} fails on inputs of {name!r} of shape {tuple(example.shape)} {example.dtype}: {refusal}",
+            "give the loader the size, channels and dtype that the model was made for",
+        ) from refusal
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,6 +66,32 @@ def notes(loader: Any, name: str) -> tuple[str, ...]:
         lost = len(loader.dataset) % size
         found += (f"{name}: drop_last=True leaves out {lost} of {len(loader.dataset)} examples",) if lost else ()
     return found
+
+
+class Draws:
+    """torch's random state as a loader has it to itself: a ``DataLoader`` draws a seed whenever it is read.
+
+    It starts as it stands, and goes on from reading to reading: what a loader augments at random then still differs.
+    """
+
+    def __init__(self) -> None:
+        self._state = torch.get_rng_state()
+
+    def of(self, loader: Any) -> Iterator[Any]:
+        """Yield what the loader gives; outside of it the random state stays."""
+        items = None
+        while True:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self._state)
+            try:
+                items = iter(loader) if items is None else items
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._state = torch.get_rng_state()
+                torch.set_rng_state(outside)
+            yield item
 
 
 def mark(inputs: Tensor) -> int:

@@ -71,7 +71,8 @@ def measures_from(chosen: Sequence[str | Measure], group: int | None = None) -> 
     found = [_named(item, group) if isinstance(item, str) else _own(item) for item in given]
     names = [measure.name for measure in found]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"measure {min(twice)!r} is given twice", "one of each per scan")
+        fix = "one of each per scan; m-sharpness with other settings by a name: label='NAME'"
+        raise UsageError(f"measure {min(twice)!r} is given twice", fix)
     return tuple(found)
 
 

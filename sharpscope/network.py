@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +47,27 @@ class Network:
 
 
 def logits(outputs: Any) -> Tensor:
-    """Return the tensor of a model's output: itself, its ``.logits``, or its first member."""
+    """Return the tensor of a model's output: itself, its ``.logits``, or its first member, the only matrix."""
     found = getattr(outputs, "logits", outputs)
-    found = found[0] if isinstance(found, tuple | list) and found else found
-    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+    if isinstance(found, tuple | list) and found:
+        if len(shapes := [tuple(member.shape) for member in found if _is_matrix(member)]) > 1:
+            raise ModelError(
+                f"the model returned a {type(found).__name__} with {len(shapes)} matrices, of shapes "
+                f"{', '.join(map(str, shapes))}: which of them are the logits is not known",
+                "a wrapper around it whose forward returns the logits alone",
+            )
+        found = found[0]
+    if not _is_matrix(found):
         shape = f" of shape {tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else ""
         raise ModelError(
             f"the model returned {type(found).__name__}{shape}",
             "a forward that returns logits of shape (n, classes), floating-point numbers",
         )
     return found
+
+
+def _is_matrix(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
 def network(module: nn.Module, role: str) -> Network:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpscope.batches import check_taken
 from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
@@ -17,6 +18,7 @@ from sharpscope.curvature.recorded import shortened
 from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.evaluate import class_count
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
 from sharpscope.losses import Towers
@@ -150,6 +152,8 @@ def prepare(
     _check_names(list(dict.fromkeys([id_split, *ood, curvature])))
     (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
+    for split in (id_split, *ood, curvature):
+        check_taken(split.unread, module, split.name)
     path, constants, moving = _ends(networks)
     notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
@@ -168,6 +172,7 @@ def prepare(
     objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
     layers, example = _touched(objective, {**constants, **path.start}, everything, labelled)
+    notes += _untouched(path, everything, layers)
     if parallel != "weights":
         notes += _same_forward(objective, networks, constants, path)
     objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
@@ -223,7 +228,7 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     """
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
-        split.check_labels(_classes(first, weights, split))
+        split.check_labels(class_count(first, weights, next(iter(split)).inputs, ROLES[0], split.name))
     check_additive(first, weights)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
@@ -231,6 +236,18 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_differentiable(example, weights, everything.names)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
+
+
+def _untouched(path: Path, everything: Partition, touched: Partition) -> list[str]:
+    """Return a warning if layers that the loss does not touch differ between the models."""
+    left = {layer: names for layer, names in everything.layers.items() if layer not in touched.layers}
+    moved = [
+        layer
+        for layer, names in left.items()
+        if not all(torch.equal(local(path.start[name]), local(path.end[name])) for name in names)
+    ]
+    told = f"the outputs do not depend on {len(moved)} of the layers that differ between the models"
+    return [f"{told} ({moved[0]}{', ...' if moved[1:] else ''}): nothing is measured there"] if moved else []
 
 
 def _same_forward(objective: Objective, networks: tuple[Network, Network], constants: Tree, path: Path) -> list[str]:
@@ -268,17 +285,3 @@ def _off_the_path(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]
     both = [(name, ours.get(name), theirs[name]) for name in theirs if name not in path.start]
     tensors = [(name, a, b) for name, a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
     return [name for name, a, b in tensors if not torch.equal(a.cpu(), b.cpu())]
-
-
-def _classes(objective: Objective, weights: Tree, split: Split) -> int:
-    """Return how many classes the model tells apart; ``ModelError`` if it cannot take the data."""
-    example = next(iter(split)).inputs[:1].to(next(iter(weights.values())).device)
-    try:
-        with torch.no_grad():
-            return objective.outputs(weights, example).shape[1]
-    except RuntimeError as refusal:
-        raise ModelError(
-            f"the zero-shot model fails on inputs of {split.name!r} of shape {tuple(example.shape)} {example.dtype}: "
-            f"{refusal}",
-            "give the loader the size, channels and dtype that the model was made for",
-        ) from refusal

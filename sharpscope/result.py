@@ -342,6 +342,12 @@ def open_result(folder: str | Path) -> ScanResult:
         raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
 
 
+def check_opened(given: Any) -> None:
+    """Raise for a folder's name in place of its result; commands take folders, functions do not."""
+    if isinstance(given, str | Path):
+        raise UsageError(f"{str(given)!r} is a {type(given).__name__}, no result of a scan", "sharpscope.open(FOLDER)")
+
+
 def _evaluations(meta: Mapping[str, Any]) -> set[str]:
     """Return the keys of the cells without which no scan is finished."""
     judged = [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]

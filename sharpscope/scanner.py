@@ -145,6 +145,8 @@ def scan(
     """
     if label_smoothing and not isinstance(loss, str):
         raise UsageError(f"label_smoothing={label_smoothing} beside a loss of your own", "smooth within the function")
+    if progress not in (None, True, False):
+        raise UsageError(f"progress={progress!r}: needs True, False or None", "progress=False for none")
     plan = Plan(
         alphas=alphas_from(alphas),
         measures=measures_from(measures, batch_size if objective == "contrastive" else None),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from planted import planted
 
+import sharpscope
 from sharpscope.comparison import diff, unpaired
-from sharpscope.errors import MismatchError
+from sharpscope.errors import MismatchError, UsageError
 from sharpscope.result import ScanResult
 from sharpscope.table import Cell, Row
 
@@ -145,6 +146,12 @@ def test_verdicts_that_changed_are_listed_with_both():
 def test_scans_with_nothing_in_common_do_not_match(one):
     with pytest.raises(MismatchError, match="no place in common"):
         diff(one, planted(**{**SMALL, "alphas": (0.25, 0.75)}))
+
+
+def test_a_folder_in_place_of_a_result_is_refused_with_what_opens_it(one):
+    for called in (lambda: diff("runs/a", one), lambda: diff(one, "runs/a"), lambda: sharpscope.check("runs/a", [])):
+        with pytest.raises(UsageError, match=r"'runs/a' is a str, no result of a scan\n  fix: sharpscope.open"):
+            called()
 
 
 def test_the_command_prints_and_writes_json_without_torch_and_ends_with_0(run, one, tmp_path):

@@ -10,6 +10,7 @@ import sharpscope
 import sharpscope.data as data
 from sharpscope.data import Split, stratified
 from sharpscope.errors import DataError
+from sharpscope.optim.sharpness import SharpnessProbe
 
 
 class Restless:
@@ -53,6 +54,14 @@ def test_any_loader_gives_the_same_examples_again_and_again(loader):
         ([X], "batch 0 of 'id' is a Tensor, without labels"),
         ([(X,)], "a tuple of 1, without labels"),
         ([{"image": X}], r"mapping with keys \['image'\], without labels"),
+        (
+            [{"input_ids": X.long(), "attention_mask": X.long(), "labels": Y}],
+            r"of keys \['attention_mask', 'input_ids', 'labels'\], no image among them\n  fix: .*one tensor",
+        ),
+        (
+            [({"ids": X.long(), "mask": X.long()}, Y)],
+            r"of keys \['ids', 'mask'\], no image .*\n  fix: .*wrapper",
+        ),
         ([(X, Y.float())], r"targets \(10,\) torch.float32, no whole numbers by type\n  fix: one integer class"),
         ([(X, torch.eye(10))], r"targets \(10, 10\) torch.float32, one-hot\n  fix: class numbers: y.argmax\(dim=1\)"),
         ([(X, torch.ones(10, 3).long())], r"targets \(10, 3\) torch.int64, several labels an image"),
@@ -78,6 +87,25 @@ def test_a_large_shuffling_loader_is_caught_when_its_order_changes(monkeypatch):
     late = Split(Restless(lambda reading: [(X, Y), (X, Y), (X, Y if reading < 2 else 1 - Y)]), "id")
     with pytest.raises(DataError, match=r"batch 2 of 'id' has other labels .*\n  fix: .*shuffle=False"):
         list(late)
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+def test_reading_leaves_the_random_state_to_the_caller(monkeypatch, cache):
+    """A DataLoader draws a seed at every reading; what was drawn between batches stays drawn."""
+    monkeypatch.setattr(data, "CACHE_BYTES", cache)
+    torch.manual_seed(0)
+    expected = torch.rand(5)
+    torch.manual_seed(0)
+    split = Split(DataLoader(SET, batch_size=4), "id")
+    SharpnessProbe(DataLoader(SET, batch_size=4))
+    found = [torch.rand(1) for _ in split]
+    split.sample(4, 0, 2)
+    assert torch.equal(torch.cat([*found, *(torch.rand(1) for _ in range(2))]), expected)
+
+
+def test_values_drawn_at_random_differ_from_reading_to_reading_though_the_callers_state_stays():
+    with pytest.raises(DataError, match="other values"):
+        Split(Restless(lambda _: [(X + torch.rand(()), Y)]), "id")
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 20])

@@ -88,6 +88,8 @@ def test_drawing_leaves_the_rc_settings_of_the_caller_alone() -> None:
 def test_the_wrong_number_of_axes_is_refused() -> None:
     with pytest.raises(UsageError, match="has 2 panels, but ax holds 3"):
         FULL.plot.path(ax=Figure().subplots(3))
+    with pytest.raises(UsageError, match=r"has one panel, but ax is a ndarray\n  fix: one Axes"):
+        FULL.plot.plane(ax=Figure().subplots(2))
 
 
 def test_an_unknown_measure_names_those_there_are() -> None:

@@ -104,6 +104,11 @@ def test_a_table_that_cannot_be_meant_is_named(table, said):
         rules_from(table)
 
 
+def test_a_list_of_tables_is_sent_to_the_table_that_holds_it(scan):
+    with pytest.raises(UsageError, match=r"rule '1 dict' is no detector\n  fix: .*\{\"rules\": \["):
+        check(scan, [CHANGE])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

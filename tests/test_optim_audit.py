@@ -309,6 +309,50 @@ def test_batches_without_labels_or_examples_are_refused():
         SharpnessProbe([])
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, image, mask=None):
+        return self.linear(image if mask is None else image * mask)
+
+
+X, Y = batches()[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "found", "said"),
+    [
+        (network, (X, Y + 1), r"'batches' has labels 1\.\.3, the model has 3 outputs"),
+        (network, (X[:, :4], Y), r"the model fails on inputs of 'batches' of shape \(1, 4\) torch.float32: "),
+        (Masked, {"image": X, "mask": X, "label": Y}, "'batches' gives 'mask' beside the images"),
+    ],
+)
+def test_batches_that_cannot_be_measured_on_are_refused_before_the_first_step(tmp_path, model, found, said):
+    net = model()
+    with (
+        pytest.raises((DataError, ModelError), match=said),
+        audited(spd(net, anchor="init"), tmp_path / "spd.jsonl", every=500, model=net, batches=[batches()[1], found]),
+    ):
+        pytest.fail("the training has begun")
+    assert not (tmp_path / "spd.jsonl").exists()
+    assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_batches_of_another_precision_than_the_weights_are_measured_on(dtype):
+    model, exact = network().eval().bfloat16(), network().eval().bfloat16().float()
+    found, expected = (
+        [one.value for _, one in SharpnessProbe(data, quick)(net, layers(net))]
+        for net, data in (
+            (model, [(x.to(dtype), y) for x, y in batches()]),
+            (exact, [(x.to(dtype).float(), y) for x, y in batches()]),
+        )
+    )
+    assert found == expected
+
+
 def test_batches_without_a_model_are_refused(tmp_path):
     with (
         pytest.raises(UsageError, match=r"no model to measure on"),

@@ -183,6 +183,19 @@ def test_measures_that_cannot_be_meant_are_refused(chosen):
         sharpscope.scan(*pair("mlp"), loader(), measures=chosen)
 
 
+def test_a_second_measure_of_a_kind_is_asked_for_a_name():
+    with pytest.raises(UsageError, match=r"'m_sharpness' is given twice\n  fix: .*label='NAME'"):
+        sharpscope.scan(*pair("mlp"), loader(), measures=[MSharpness(), MSharpness(rho=0.1)])
+    measures = [MSharpness(), MSharpness(rho=0.1, label="wide")]
+    found = sharpscope.scan(*pair("mlp"), loader(), alphas=[0], measures=measures, progress=False)
+    assert set(found.layers["measure"]) == {"m_sharpness", "wide"}
+
+
+def test_a_word_for_progress_is_refused():
+    with pytest.raises(UsageError, match="progress='foo'"):
+        sharpscope.scan(*pair("mlp"), loader(), progress="foo")
+
+
 @pytest.mark.parametrize("alphas", [1, [], [0, 0], [0, float("nan")]])
 def test_alphas_that_cannot_be_meant_are_refused(alphas):
     with pytest.raises(UsageError, match="alphas="):

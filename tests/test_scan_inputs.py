@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
 from sharpscope.criticality import criticality
-from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.errors import DataError, MismatchError, ModelError, UsageError
 from sharpscope.finetune import Schedule
 from sharpscope.losses import code_of
 
@@ -55,6 +55,32 @@ def test_sharpness_on_a_sets_own_data_is_on_that_set():
 def test_no_set_is_called_as_the_mean_over_sets(name):
     with pytest.raises(UsageError, match=f"{name!r} stands for the mean over OOD sets"):
         scan(ood={name: loader()})
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, pixel_mask=None):
+        return self.linear(pixel_values if pixel_mask is None else pixel_values * pixel_mask)
+
+
+@pytest.mark.parametrize("form", ["mapping", "pair"])
+def test_a_mask_that_the_forward_takes_is_not_left_out_silently(form):
+    x, y = next(iter(loader()))
+    inputs = {"pixel_values": x, "pixel_mask": torch.zeros_like(x), "path": ["?"] * len(x), "head_mask": None}
+    data = [{**inputs, "labels": y} if form == "mapping" else (inputs, y)]
+    net = Masked().eval()
+    calls = (
+        lambda: ss.scan(net, net, [(x, y)], ood={"far": data}, alphas=[0], measures=[], progress=False),
+        lambda: ss.verify(net, data),
+        lambda: criticality(net, net, data),
+    )
+    for called, name in zip(calls, ("far", "data", "id"), strict=True):
+        with pytest.raises(DataError, match=f"'{name}' gives 'pixel_mask' beside the images.*\n  fix: .*one tensor"):
+            called()
+    assert not ss.verify(network(0), data).empty  # of which no forward takes a mask
 
 
 # --- losses of one's own
@@ -300,6 +326,54 @@ def test_a_layer_that_is_called_model_is_not_taken_for_the_whole_network():
     np.testing.assert_allclose(found["model"]["value"], found["body"]["value"], rtol=0.02)
     with pytest.raises(UsageError, match="a layer of patterns is called 'model'"):
         scan(patterns={"model": "0"})
+
+
+class Several(nn.Module):
+    """Gives a tuple: logits, or features first."""
+
+    def __init__(self, kind, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head, self.kind = nn.Linear(8, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        features = self.body(x)
+        return {
+            "states": lambda: (self.head(features), features[:, None], None, x.long()),  # as transformers' tuples
+            "features": lambda: (features, self.head(features)),
+            "headless": lambda: features,
+        }[self.kind]()
+
+
+def test_a_tuple_with_features_beside_the_logits_is_refused():
+    ends = [Several("features", seed).eval() for seed in (0, 1)]
+    said = r"returned a tuple with 2 matrices, of shapes \(\d+, 6\), \(\d+, 3\).*\n  fix: .*the logits alone"
+    for called in (lambda: ss.scan(*ends, loader(), progress=False), lambda: ss.verify(ends[0], loader())):
+        with pytest.raises(ModelError, match=said):
+            called()
+
+
+def test_the_only_matrix_at_the_head_of_a_tuple_is_the_logits():
+    ends = [Several("states", seed).eval() for seed in (0, 1)]
+    found = ss.scan(*ends, loader(), alphas=[0], measures=[], progress=False).evals
+    (x, y) = loader().dataset.tensors
+    expected = cross_entropy(ends[0](x)[0], y).item()
+    assert found.loc[found["measure"] == "loss", "value"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_layers_that_differ_and_do_not_touch_the_outputs_are_warned_of():
+    def warned(first, second):
+        return ss.scan(first.eval(), second.eval(), loader(), alphas=[0], measures=["trace"], progress=False).meta
+
+    meta = warned(Several("headless"), Several("headless", 1))
+    assert meta["unused"] == ["head"]
+    (said,) = meta["warnings"]
+    assert said == (
+        "the outputs do not depend on 1 of the layers that differ between the models (head): nothing is measured there"
+    )
+    same = Several("headless", 1)
+    same.head = Several("headless").head
+    assert warned(Several("headless"), same)["warnings"] == []
 
 
 class Permuted(nn.Module):

@@ -215,6 +215,7 @@ BAD = {
         {"at": 0.7},
         r"model 0 \(run 0\) has no 'trace' at alpha 0.7; it has alphas \[0.0, 1.0\]",
     ),
+    "alpha in words": (lambda: cohort(5), {"at": "recommended"}, "at='recommended': needs an alpha, a number"),
     "measure": (lambda: cohort(5), {"measure": "lambda_max"}, "has no 'lambda_max' at alpha 1"),
     "no OOD": (lambda: [*cohort(5), model({"a": 1}, 0.5, ood=())], {}, "no labelled OOD set is common to all models"),
     "layers": (lambda: [*cohort(5), model({"z": 1}, 0.5)], {}, "the models have no layer in common"),

@@ -6,14 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sharpscope.detectors.findings import Detector, Finding
 from sharpscope.detectors.rules import Rule, Rules, Undecided, read_rules, rules_from
 from sharpscope.errors import GateError, MeasurementError, SharpscopeError, UsageError
-
-if TYPE_CHECKING:
-    from sharpscope.result import ScanResult
+from sharpscope.result import ScanResult, check_opened
 
 Outcome = Literal["passed", "warned", "failed", "unmeasured"]
 
@@ -103,7 +101,8 @@ def check(result: ScanResult, rules: str | Path | Mapping[str, Any] | Rules | It
     Raises
     ------
     UsageError
-        If a rule cannot be meant: an unknown key, measure, model, split or layer, a scan without the alpha named.
+        If the result is none, or a rule cannot be meant: an unknown key, measure, model, split or layer, a scan without
+        the alpha named.
 
     Examples
     --------
@@ -115,6 +114,7 @@ def check(result: ScanResult, rules: str | Path | Mapping[str, Any] | Rules | It
     time each, and left undecided otherwise. Not so ``calibration_error``, which sampling raises: see
     :class:`~sharpscope.detectors.EvaluationDetector` for its rates, 0 to 9 %.
     """
+    check_opened(result)
     chosen = _rules(result, rules)
     return GateResult(tuple(_checked(result, rule, chosen.undecided) for rule in chosen.rules), chosen.undecided)
 
@@ -130,6 +130,8 @@ def _rules(result: ScanResult, rules: str | Path | Mapping[str, Any] | Rules | I
     if not isinstance(rules, Iterable):
         raise UsageError(f"rules are {rules!r}", "a TOML file, its table as a dict, or a list of detectors")
     detectors = tuple(Rule(f"{place} {_name(d)}", d) for place, d in enumerate(rules, 1))
+    if odd := [rule for rule in detectors if not callable(rule.detector)]:
+        raise UsageError(f"rule {odd[0].id!r} is no detector", 'a table of rules: {"rules": [{"measure": ...}, ...]}')
     if not detectors:
         raise UsageError("there are no rules: a gate without any passes everything", "name at least one")
     return Rules(detectors)

@@ -38,10 +38,12 @@ class Session:
         self.summary = ""  #: in words what the projection did, after :meth:`stop`
 
     def start(self, optimizer: Any, module: nn.Module | None, step: int) -> None:
-        """Open the log; ``step`` optimiser steps have been made."""
+        """Open the log; ``step`` optimiser steps have been made. Batches that cannot be measured on are refused now."""
         self._probe = None if self._batches is None else SharpnessProbe(self._batches, self._measure)
-        if self._probe is not None and module is None:
-            raise UsageError("batches are given, but no model to measure on", "model=...")
+        if self._probe is not None:
+            if module is None:
+                raise UsageError("batches are given, but no model to measure on", "model=...")
+            self._probe.check(module)
         self._module = module
         self._log = AuditLog(self.path, unwrapped(optimizer), every=self.every, step=step)
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpscope.batches import as_batch
+from sharpscope.batches import as_batch, check_range, check_taken, unread
 from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import DataError, ModelError
+from sharpscope.evaluate import class_count
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
 from sharpscope.objective import Batch, Objective
 from sharpscope.optim.anchor import plain_name
 from sharpscope.optim.projection import widened
 from sharpscope.partition import Partition
+from sharpscope.tree import Tree
 
 Measure = Callable[[Point, Partition, int], Estimates]
 FEW = Trace(relative=0.2, absolute=0.02, most=16)  # a look in passing: a tenth of what a scan spends
+_NAME = "batches"  # as messages call them
 
 
 @contextmanager
@@ -74,13 +77,27 @@ class SharpnessProbe:
 
     def __init__(self, batches: Iterable[Any], measure: Measure = FEW, *, seed: int = 0) -> None:
         # A clone made outside inference mode can be saved for backward whatever mode the loader ran in.
-        with torch.inference_mode(False):
-            found = [as_batch(item, "batches", index) for index, item in enumerate(batches)]
-            self.batches = tuple(Batch(x.clone(), y.clone()) for x, y in found if len(y))
+        with torch.inference_mode(False), torch.random.fork_rng([]):  # a DataLoader draws a seed when it is read
+            found = [(as_batch(item, _NAME, index), unread(item)) for index, item in enumerate(batches)]
+            self.batches = tuple(Batch(x.clone(), y.clone()) for (x, y), _ in found if len(y))
+        self._unread = frozenset(key for _, keys in found for key in keys)
         if not self.batches:
-            raise DataError("batches holds no example to measure sharpness on", "at least one labelled batch")
+            raise DataError(f"{_NAME} holds no example to measure sharpness on", "at least one labelled batch")
         self._measure = measure
         self._seed = seed
+
+    def check(self, module: nn.Module) -> None:
+        """Raise what :meth:`__call__` would, before a training rather than in it. Cost: an example of each batch.
+
+        Raises
+        ------
+        ModelError, DataError
+            If weights are sharded, the model cannot take a batch, or a label is none of its outputs.
+        """
+        check_taken(self._unread, module, _NAME)
+        with self._measured(module) as (objective, weights):
+            for batch in objective.batches:
+                check_range(batch.targets, class_count(objective, weights, batch.inputs, "the model", _NAME), _NAME)
 
     def __call__(self, module: nn.Module, layers: Partition) -> list[tuple[str, Estimate]]:
         """Return an estimate per layer, of the module's present weights in float32, dropout off.
@@ -92,22 +109,25 @@ class SharpnessProbe:
         ModelError
             If weights are sharded.
         """
-        named = {plain_name(name): (name, tensor) for name, tensor in module.named_parameters()}
-        if sharded := next((name for name, (_, tensor) in named.items() if hasattr(tensor, "placements")), None):
-            raise ModelError(f"{sharded!r} is sharded: its curvature needs the whole network", "leave out batches=...")
-        wanted = layers.only([name for name in layers.names if name in named])
-        device = next(module.parameters()).device.type
-        with undisturbed(module), unpatched(module), torch.autocast(device, enabled=False):
-            weights = {name: _single(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-            names = Partition({layer: tuple(named[n][0] for n in mine) for layer, mine in wanted.layers.items()})
-            point = Point(self._objective(module, weights), weights, names.names)
-            return list(self._measure(point, names, self._seed))
+        named = {plain_name(name): name for name, _ in module.named_parameters()}
+        with self._measured(module) as (objective, weights):
+            known = layers.only([name for name in layers.names if name in named])
+            names = Partition({layer: tuple(named[name] for name in mine) for layer, mine in known.layers.items()})
+            return list(self._measure(Point(objective, weights, names.names), names, self._seed))
 
-    def _objective(self, module: nn.Module, weights: dict[str, Tensor]) -> Objective:
-        first = next(iter(weights.values()))
-        batches: Sequence[Batch] = [batch.to(first.device) for batch in self.batches]
-        network = Network(module, weights, {})
-        return Objective(network.forward, cross_entropy, tuple(batches))
+    @contextmanager
+    def _measured(self, module: nn.Module) -> Iterator[tuple[Objective, Tree]]:
+        """Yield the loss on the batches, in the type of the weights, and copies of these; meanwhile all is still."""
+        named = module.named_parameters()
+        if sharded := next((plain_name(name) for name, tensor in named if hasattr(tensor, "placements")), None):
+            raise ModelError(f"{sharded!r} is sharded: its curvature needs the whole network", "leave out batches=...")
+        device = next(module.parameters()).device
+        with undisturbed(module), unpatched(module), torch.autocast(device.type, enabled=False):
+            weights = {name: _single(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+            dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+            moved = (batch.to(device) for batch in self.batches)
+            batches = tuple(Batch(x.to(dtype) if x.is_floating_point() else x, y) for x, y in moved)
+            yield Objective(Network(module, weights, {}).forward, cross_entropy, batches), weights
 
     def lines(self, module: nn.Module, layers: Partition, step: int) -> Iterator[dict[str, Any]]:
         """Yield one line of an audit log per layer."""

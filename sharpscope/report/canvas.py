@@ -94,9 +94,13 @@ class Panels(np.ndarray[Any, Any]):
 
 
 def axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return the given Axes, or those of a new figure of that size in inches."""
-    if ax is not None:
+    """Return the given Axes, or those of a new figure of that size in inches; ``UsageError`` for several."""
+    if isinstance(ax, Axes):
         return ax
+    if ax is not None:
+        raise UsageError(
+            f"this figure has one panel, but ax is a {type(ax).__name__}", "one Axes: ax=plt.subplots()[1]"
+        )
     return Figure(figsize=size, layout="constrained").add_subplot(axes_class=ShownAxes)
 
 

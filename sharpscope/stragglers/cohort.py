@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -73,6 +74,7 @@ def across_models(
         common OOD set.
     """
     check(statistic)
+    _check_alpha(at)
     _refuse_few(results)
     _refuse_twice(results)
     predictors, layers = _predictors(results, at, measure)
@@ -87,6 +89,11 @@ def across_models(
             about = {"target": name, "given": " + ".join(held), "models": len(results)}
             rows += [about | row for row in _rows(usable, layers, Cohort(columns, target, fixed, statistic, seed))]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _check_alpha(at: Any) -> None:
+    if isinstance(at, bool) or not isinstance(at, Real):
+        raise UsageError(f"at={at!r}: needs an alpha, a number", "one that every model was scanned at: at=1.0")
 
 
 def _refuse_few(results: Sequence[ScanResult]) -> None:
