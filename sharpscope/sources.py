@@ -25,6 +25,18 @@ def is_folder(ref: str) -> bool:
     return not ref.startswith((WEBDATASET, factory.PREFIX))
 
 
+def absolute(ref: str) -> str:
+    """Return the reference as it is meant in every working directory; ``py:`` stays, its modules are found by name.
+
+    >>> absolute("py:my.data:make")
+    'py:my.data:make'
+    """
+    if ref.startswith(factory.PREFIX):
+        return ref
+    kind = WEBDATASET if ref.startswith(WEBDATASET) else ""
+    return f"{kind}{Path(ref.removeprefix(kind)).absolute()}"
+
+
 def images(
     source: Any,
     model: Any,

@@ -154,7 +154,7 @@ def test_a_file_and_flags_are_one_schema_and_flags_win(tmp_path):
 def test_resolved_settings_read_back_equal(tmp_path):
     hostile = 'a "quoted"\\ path\n with = [marks] # é ☃'
     found = config.Settings(
-        zero_shot=hostile, fine_tuned="b", id="c", ood={hostile: "d", "x.y": "e"}, alphas="0,0.25,1", limit="all"
+        zero_shot=hostile, fine_tuned="b", id="/c", ood={hostile: "/d", "x.y": "/e"}, alphas="0,0.25,1", limit="all"
     )
     assert config.settings({}, config.write_config(found, tmp_path)) == found
 
