@@ -34,6 +34,8 @@ from sharpscope.search import RecipeSearch
 from sharpscope.sources import WEBDATASET, images, is_folder
 from sharpscope.webdataset import archive_templates
 
+Words = tuple[ClassNames | None, ClassNames | None]  # of the ID set, of every other folder
+
 
 @dataclass(frozen=True)
 class Material:
@@ -48,15 +50,25 @@ class Material:
 
 def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     """Return models and data, read as the settings say; all images are preprocessed as the zero-shot model wants."""
-    templates = _templates(chosen)
-    id_names, names = _classnames(chosen)
-    zero_shot, fine_tuned = load_pair(
-        chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
-    )
+    sentences, words = templates(chosen), classnames(chosen)
+    ends = load_pair(chosen.zero_shot, chosen.fine_tuned, templates=sentences, convert=chosen.convert == "auto")
+    return read(chosen, *ends, words, progress=progress)
+
+
+def read(
+    chosen: Settings,
+    zero_shot: ClipModel | LogitsModel,
+    fine_tuned: ClipModel | LogitsModel,
+    words: Words,
+    *,
+    progress: bool | None = None,
+) -> Material:
+    """Return both models with the data of the settings; see :func:`material`."""
     if chosen.templates is not None and isinstance(zero_shot, LogitsModel):
         warnings.warn(f"--templates changes nothing: {zero_shot.name} is a classifier with its own head", stacklevel=2)
-    read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
-    id_split = read(
+    id_names, names = words
+    split = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
+    id_split = split(
         chosen.id,
         name="id",
         classnames=id_names,
@@ -68,7 +80,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     def read_other(place: str, name: str, captions: bool = False) -> Split:
         own = names if is_folder(place) else None
         known = id_split.classes
-        return read(place, name=name, classes=known, classnames=own, subset=chosen.subset, captions=captions)
+        return split(place, name=name, classes=known, classnames=own, subset=chosen.subset, captions=captions)
 
     return Material(
         zero_shot=zero_shot,
@@ -79,7 +91,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     )
 
 
-def _templates(chosen: Settings) -> Iterable[str] | None:
+def templates(chosen: Settings) -> Iterable[str] | None:
     """Return the templates of the settings, else those that an ID webdataset brings along."""
     if chosen.templates is not None:
         return read_templates(chosen.templates)
@@ -91,7 +103,7 @@ def _templates(chosen: Settings) -> Iterable[str] | None:
     return found
 
 
-def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]:
+def classnames(chosen: Settings) -> Words:
     """Return the words of the ID set and those of every folder: a file with a line each names the ID folders only."""
     if chosen.classnames is None or not is_folder(chosen.id):
         return chosen.classnames, None
