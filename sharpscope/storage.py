@@ -45,8 +45,11 @@ def writing(path: Path) -> Iterator[None]:
 def check_writable(folder: Path) -> Path:
     """Return the nearest folder that is there, after making another one in it, which is removed; else ``OSError``."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    with TemporaryDirectory(dir=there, prefix=".sharpscope-"):
-        return there
+    try:
+        with TemporaryDirectory(dir=there, prefix=".sharpscope-"):
+            return there
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from error  # not the name of what was tried
 
 
 @contextmanager

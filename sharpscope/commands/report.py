@@ -19,6 +19,7 @@ from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.folders import class_folders
 from sharpscope.intervention import interventions_from
+from sharpscope.journal import resumed
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
@@ -32,6 +33,7 @@ from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
 from sharpscope.search import RecipeSearch
 from sharpscope.sources import WEBDATASET, images, is_folder
+from sharpscope.storage import check_writable, writing
 from sharpscope.webdataset import archive_templates
 
 Words = tuple[ClassNames | None, ClassNames | None]  # of the ID set, of every other folder
@@ -128,9 +130,18 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
     return measure
 
 
-def plan_line(chosen: Settings) -> str:
-    """Return what :func:`measure` would do, after checking models and data; nothing is measured or written."""
+def _check_out(chosen: Settings) -> None:
+    """Raise for an output folder that cannot be written, before images are read and hours measured."""
+    with writing(Path(chosen.out)):
+        check_writable(Path(chosen.out))
+
+
+def plan_line(chosen: Settings, *, fresh: bool = False, audit: str | None = None) -> str:
+    """Return what :func:`measure` would do, after all that it refuses; nothing is measured or written."""
     own_device(chosen.device)  # refused before images are read
+    if audit is not None:
+        read_audit(audit)
+    _check_out(chosen)
     found = material(chosen)
     plan = Plan(
         alphas_from(chosen.alphas),
@@ -152,7 +163,8 @@ def plan_line(chosen: Settings) -> str:
         chosen.device,
     )
     moves = interventions_from(chosen.interventions, chosen.intervention_limit, job, plan)
-    return "\n".join([job.describe(plan, 0), *([moves.describe(job)] if moves else [])])
+    done = [] if fresh else resumed(Path(chosen.out) / "cells.jsonl", job.identity(plan))[0]
+    return "\n".join([job.describe(plan, len(done)), *([moves.describe(job)] if moves else [])])
 
 
 @contextmanager
@@ -221,6 +233,8 @@ def measure(
         deterministic_algorithms(chosen.deterministic),
         launched(chosen.device) as leads,
     ):
+        if leads:
+            _check_out(chosen)
         found = material(chosen, progress=progress if leads else False)
         result = _scanned(chosen, found, fresh, progress)
         if leads:
