@@ -26,7 +26,7 @@ from sharpscope.objective import Objective, check_additive, check_deterministic,
 from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
-from sharpscope.plan import Plan
+from sharpscope.plan import Plan, path_notes
 from sharpscope.precision import matmul_precision
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
@@ -151,7 +151,11 @@ def prepare(
     (module, other), model_names, notes = _modules(models, id_split.classes, plan.objective)
     networks = (network(module, ROLES[0]), network(other, ROLES[1]))
     path, constants, moving = _ends(networks)
-    notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
+    notes += [
+        *path_notes(plan.alphas),
+        *moving,
+        *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes),
+    ]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
     constants = _moved(constants, place)
     path, net = _placed(path, networks[0], module, place, parallel, plan.objective)

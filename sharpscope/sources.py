@@ -103,7 +103,10 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         return webdataset_collection(place, name, classnames, captions=choice.captions).split(model, choice)
     if isinstance(source, str | Path):
         if choice.captions:
-            raise UsageError(f"{source} is a folder of images, which have no captions", "captions=False: class prompts")
+            raise UsageError(
+                f"{source} is a folder of images, which have no captions",
+                "without --captions (captions=False): class prompts",
+            )
         subset = choice.subset and choice.classes is not None
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):

@@ -161,3 +161,10 @@ def test_a_dry_run_refuses_the_outputs_that_a_merge_refuses(run, world, ends, tm
         assert refusals[0][2] == refusals[1][2]
         assert said in refusals[0][2]
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_dry_run_says_what_the_result_must_be_read_with(run, world, tmp_path):
+    for alpha, notes in (("1.5", ["note: alpha 1.5 lies beyond the two models, outside of [0, 1]"]), ("0.5", [])):
+        code, out, _ = run("merge", world / "scan", "--recipe", alpha, "--out", tmp_path / "m", "--dry-run")
+        assert code == 0
+        assert [line for line in out.splitlines() if line.startswith("note: ")] == notes

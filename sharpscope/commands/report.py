@@ -24,7 +24,7 @@ from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
 from sharpscope.perturbation import MSharpness
-from sharpscope.plan import Plan, alphas_from
+from sharpscope.plan import Plan, alphas_from, path_notes
 from sharpscope.precision import deterministic_algorithms
 from sharpscope.preparation import prepare
 from sharpscope.ranks import launched
@@ -164,7 +164,8 @@ def plan_line(chosen: Settings, *, fresh: bool = False, audit: str | None = None
     )
     moves = interventions_from(chosen.interventions, chosen.intervention_limit, job, plan)
     done = [] if fresh else resumed(Path(chosen.out) / "cells.jsonl", job.identity(plan))[0]
-    return "\n".join([job.describe(plan, len(done)), *([moves.describe(job)] if moves else [])])
+    notes = [f"  note: {note}" for note in path_notes(plan.alphas)]
+    return "\n".join([job.describe(plan, len(done)), *notes, *([moves.describe(job)] if moves else [])])
 
 
 @contextmanager

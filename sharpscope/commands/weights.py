@@ -85,6 +85,8 @@ def merge(
     typer.echo(repr(ready.plan))
     if dry_run:
         checked(ready, out, overwrite=overwrite)
+        for note in ready.plan.notes:
+            typer.echo(f"note: {note}")
         return
     for line in merged(ready, out, overwrite=overwrite):
         typer.echo(line)
