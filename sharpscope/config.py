@@ -12,7 +12,9 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, Va
 from sharpscope.errors import UsageError, nearest
 from sharpscope.losses import Towers
 from sharpscope.measures import DEFAULT
+from sharpscope.models.reference import absolute as absolute_model
 from sharpscope.partition import Granularity
+from sharpscope.sources import absolute
 from sharpscope.toml import read_toml, underscored
 
 FILE = "config.resolved.toml"
@@ -173,8 +175,11 @@ def _usage(fault: Mapping[str, Any]) -> UsageError:
 
 
 def write_config(chosen: Settings, folder: str | Path) -> Path:
-    """Write the settings as a file that ``--config`` reads back to equal ones; return its path."""
-    plain = {name: value for name, value in chosen.model_dump().items() if value is not None}
+    """Write the settings as a file that ``--config`` reads back from every working directory; return its path.
+
+    What was measured is named by its whole path; ``out`` stays as it is, so that no copy writes over the original.
+    """
+    plain = {name: value for name, value in _anywhere(chosen).model_dump().items() if value is not None}
     tables = {name: value for name, value in plain.items() if isinstance(value, dict)}
     lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if name not in tables]
     lines += [f'{name} = "all"' for name in ("limit", "intervention_limit") if getattr(chosen, name) is None]
@@ -183,6 +188,21 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     path = Path(folder) / FILE
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _anywhere(chosen: Settings) -> Settings:
+    """Return the settings with whole paths in the place of those that depend on the working directory."""
+    files = {name: place for name in ("classnames", "templates") if (place := getattr(chosen, name)) is not None}
+    return chosen.model_copy(
+        update={
+            "zero_shot": absolute_model(chosen.zero_shot),
+            "fine_tuned": absolute_model(chosen.fine_tuned),
+            "id": absolute(chosen.id),
+            "ood": {name: absolute(place) for name, place in chosen.ood.items()},
+            "sharpness_on": chosen.sharpness_on and absolute(chosen.sharpness_on),
+            **{name: str(Path(place).absolute()) for name, place in files.items()},
+        }
+    )
 
 
 def _toml(value: Any) -> str:

@@ -90,6 +90,29 @@ def read(path: Path) -> tuple[dict[str, Any], list[Cell], int]:
     return header, cells, sum(map(len, whole))
 
 
+def resumed(path: Path, plan: Mapping[str, Any]) -> tuple[list[Cell], int]:
+    """Return the finished cells of a plan and the number of good bytes; none if no scan was begun there.
+
+    Raises
+    ------
+    UsageError
+        If the file is no journal, or belongs to another plan; the message names what differs.
+    """
+    if not path.exists() or b"\n" not in path.read_bytes():
+        return [], 0
+    header, cells, size = read(path)
+    theirs, ours = _leaves(header["plan"]), _leaves(json.loads(json.dumps(plan)))
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"{path} belongs to another scan: {', '.join(differing)} differ "
+            f"({name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} now)",
+            "choose another --out, or --fresh (fresh=True) to discard it",
+        )
+    return cells, size
+
+
 class Journal:
     """Cells of one plan, kept in a file if a path is given.
 
@@ -111,29 +134,16 @@ class Journal:
     def __init__(self, path: Path | None, plan: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path = path
         self.plan = json.loads(json.dumps(plan))
-        self._cells: dict[str, Cell] = {}
         self._waiting: list[Cell] = []
         self._settled: Callable[[], bool] = lambda: True
-        if path is not None and not fresh and path.exists() and b"\n" in path.read_bytes():
-            self._resume(path)
+        cells, size = ([], 0) if path is None or fresh else resumed(path, self.plan)
+        self._cells = {cell.key: cell for cell in cells}
+        if path is not None and size:
+            os.truncate(path, size)
         elif path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path, json.dumps({"format": FORMAT, "plan": self.plan}), "wb")
-
-    def _resume(self, path: Path) -> None:
-        header, cells, size = read(path)
-        theirs, ours = _leaves(header["plan"]), _leaves(self.plan)
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if differing:
-            name = differing[0]
-            raise UsageError(
-                f"{path} belongs to another scan: {', '.join(differing)} differ "
-                f"({name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} now)",
-                "choose another --out, or --fresh (fresh=True) to discard it",
-            )
-        os.truncate(path, size)
-        self._cells = {cell.key: cell for cell in cells}
 
     @staticmethod
     def _write(path: Path, line: str, mode: str) -> None:

@@ -16,6 +16,9 @@ from sharpscope.pairs import check_objective
 from sharpscope.partition import Granularity
 from sharpscope.precision import Precision
 
+_COUNT = "--alphas 11 (alphas=11): as many points from 0 to 1"
+_POINTS = "--alphas 0,0.5,1 (alphas=[0, 0.5, 1]): the points"
+
 
 def alphas_from(chosen: int | Sequence[float]) -> tuple[float, ...]:
     """Return the points of the path: a number of evenly spaced ones, or those given, sorted.
@@ -29,8 +32,23 @@ def alphas_from(chosen: int | Sequence[float]) -> tuple[float, ...]:
     found = _numbers(chosen)
     points = tuple(sorted(round(alpha, 12) for alpha in found))  # linspace's are those of a number of points
     if not points or not np.isfinite(points).all() or len(set(points)) < len(points):
-        raise UsageError(f"alphas={found}: needs distinct finite numbers", "e.g. alphas=[0, 0.5, 1]")
+        raise UsageError(f"alphas={found}: needs distinct finite numbers", _POINTS)
+    if len(points) == 1 and points[0].is_integer() and not 0 <= points[0] <= 1:
+        raise UsageError(f"alphas={found}: a point far off the path, which runs from 0 to 1", f"{_COUNT}; {_POINTS}")
     return points
+
+
+def path_notes(points: Sequence[float]) -> list[str]:
+    """Return what must be said of the points of a path: an end that is missing, alphas beyond the two models.
+
+    >>> path_notes([0.0, 0.5, 1.0])
+    []
+    """
+    ends = ((0.0, "0 (the zero-shot model)"), (1.0, "1 (the fine-tuned model)"))
+    missing = [end for alpha, end in ends if alpha not in points]
+    beyond = [f"{alpha:g}" for alpha in points if not 0 <= alpha <= 1]
+    said = [f"the alphas lack {' and '.join(missing)}: nothing is recommended without both ends"] if missing else []
+    return said + ([f"alpha {', '.join(beyond)} lies beyond the two models, outside of [0, 1]"] if beyond else [])
 
 
 def _numbers(chosen: Any) -> list[float]:
@@ -46,7 +64,7 @@ def _numbers(chosen: Any) -> list[float]:
 # Settings that are whole numbers: the least, and what to give instead.
 _WHOLE = {
     "seed": (0, "e.g. seed=0; the same seed gives the same numbers"),  # numpy's generators take none below 0
-    "limit": (1, "e.g. limit=256; None: all"),
+    "limit": (1, "--limit 256 (limit=256); --limit all (limit=None)"),
     "batch_size": (1, "e.g. batch_size=64"),
     "chains": (1, "chains=1, or as many as there are processes"),
 }

@@ -28,7 +28,7 @@ from sharpscope.objective import Objective, check_additive, check_deterministic,
 from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
-from sharpscope.plan import Plan
+from sharpscope.plan import Plan, path_notes
 from sharpscope.precision import matmul_precision
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
@@ -155,7 +155,11 @@ def prepare(
     for split in (id_split, *ood, curvature):
         check_taken(split.unread, module, split.name)
     path, constants, moving = _ends(networks)
-    notes += [*moving, *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes)]
+    notes += [
+        *path_notes(plan.alphas),
+        *moving,
+        *(note for split in dict.fromkeys([id_split, *ood, curvature]) for note in split.notes),
+    ]
     place = own_device(device or ("cuda" if torch.cuda.is_available() else str(next(iter(path.start.values())).device)))
     constants = _moved(constants, place)
     path, net = _placed(path, networks[0], module, place, parallel, plan.objective)

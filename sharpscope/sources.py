@@ -25,6 +25,18 @@ def is_folder(ref: str) -> bool:
     return not ref.startswith((WEBDATASET, factory.PREFIX))
 
 
+def absolute(ref: str) -> str:
+    """Return the reference as it is meant in every working directory; ``py:`` stays, its modules are found by name.
+
+    >>> absolute("py:my.data:make")
+    'py:my.data:make'
+    """
+    if ref.startswith(factory.PREFIX):
+        return ref
+    kind = WEBDATASET if ref.startswith(WEBDATASET) else ""
+    return f"{kind}{Path(ref.removeprefix(kind)).absolute()}"
+
+
 def images(
     source: Any,
     model: Any,
@@ -91,7 +103,10 @@ def _read(source: Any, model: Any, name: str | None, classnames: ClassNames | No
         return webdataset_collection(place, name, classnames, captions=choice.captions).split(model, choice)
     if isinstance(source, str | Path):
         if choice.captions:
-            raise UsageError(f"{source} is a folder of images, which have no captions", "captions=False: class prompts")
+            raise UsageError(
+                f"{source} is a folder of images, which have no captions",
+                "without --captions (captions=False): class prompts",
+            )
         subset = choice.subset and choice.classes is not None
         return image_folder(source, name, classnames, subset=subset).split(model, choice)
     if is_table(source):

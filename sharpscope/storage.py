@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sharpscope.errors import OutputError
 
@@ -39,6 +40,16 @@ def writing(path: Path) -> Iterator[None]:
             f"{error.filename or path} cannot be written: {error.strerror or error}",
             "make room or choose another --out (out=); what was finished before is kept, the same call resumes there",
         ) from error
+
+
+def check_writable(folder: Path) -> Path:
+    """Return the nearest folder that is there, after making another one in it, which is removed; else ``OSError``."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with TemporaryDirectory(dir=there, prefix=".sharpscope-"):
+            return there
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from error  # not the name of what was tried
 
 
 @contextmanager

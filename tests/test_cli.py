@@ -154,7 +154,7 @@ def test_a_file_and_flags_are_one_schema_and_flags_win(tmp_path):
 def test_resolved_settings_read_back_equal(tmp_path):
     hostile = 'a "quoted"\\ path\n with = [marks] # é ☃'
     found = config.Settings(
-        zero_shot=hostile, fine_tuned="b", id="c", ood={hostile: "d", "x.y": "e"}, alphas="0,0.25,1", limit="all"
+        zero_shot=hostile, fine_tuned="b", id="/c", ood={hostile: "/d", "x.y": "/e"}, alphas="0,0.25,1", limit="all"
     )
     assert config.settings({}, config.write_config(found, tmp_path)) == found
 
@@ -255,6 +255,30 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, flags, tmp_pa
     assert code == 0
     assert out.startswith("6 layers x 2 alphas on cpu: trace on 6 images of 'id'; evaluation on id (18), sketch (8)")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_the_scan_would_refuse(run, flags, scanned, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("damaged", "other"):
+        shutil.copytree(scanned, tmp_path / name)
+    cells = tmp_path / "damaged" / "cells.jsonl"
+    cells.write_bytes(cells.read_bytes().replace(b'"cell"', b'"c', 1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    cases = [
+        (("--out", tmp_path / "file"), 3, f"{tmp_path / 'file'} cannot be written: Not a directory"),
+        (("--out", "/proc/x"), 3, "/proc cannot be written: "),
+        (("--out", tmp_path / "damaged"), 2, "is not a readable list of cells"),
+        (("--out", tmp_path / "other", "--seed", 7), 2, "belongs to another scan: seed differ"),
+        (("--audit", tmp_path / "nope.jsonl"), 2, "nope.jsonl does not exist"),
+    ]
+    for more, expected, said in cases:
+        dry, real = (run("report", *flags, *more, *last, "--quiet") for last in (("--dry-run",), ()))
+        assert (dry[0], dry[2]) == (real[0], real[2])
+        assert (dry[0], said in dry[2]) == (expected, True), dry[2]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    assert run("report", *flags, "--out", tmp_path / "other", "--seed", 7, "--fresh", "--dry-run")[0] == 0
+    code, out, _ = run("report", *flags, "--out", tmp_path / "other", "--dry-run")
+    assert (code, f", {len(open_result(scanned).cells)} cells are there already" in out) == (0, True)
 
 
 def test_the_resolved_settings_repeat_the_run(run, flags, tmp_path, no_page):

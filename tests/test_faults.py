@@ -279,7 +279,7 @@ def read_only(world, out):
     if was_root:
         os.seteuid(65534)
     try:
-        yield f"error: {out}/{LOCK} cannot be written: Permission denied\n  fix: "
+        yield f"error: {out} cannot be written: Permission denied\n  fix: "
     finally:
         if was_root:
             os.seteuid(0)

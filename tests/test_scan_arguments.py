@@ -66,7 +66,7 @@ def test_limits_of_numpy_are_taken_for_interventions(tmp_path):
         ({"patterns": {"stem": 3}}, "the pattern 3 of 'stem' is no regular expression"),
         *(({name: 2.5}, f"{name}=2.5: needs a whole number") for name in ("limit", "batch_size", "seed", "chains")),
         *(({"seed": odd}, f"seed={odd}: needs a whole number, 0 or more") for odd in (None, True, -1)),
-        ({"limit": 0}, r"limit=0: needs a whole number, 1 or more\n  fix: .*None: all"),
+        ({"limit": 0}, r"limit=0: needs a whole number, 1 or more\n  fix: .*--limit all \(limit=None\)"),
         ({"memory": "1GiB"}, "memory='1GiB': needs a whole number"),
         ({"interventions": True, "intervention_limit": 9.5}, "intervention_limit=9.5: needs a whole number"),
         *(({"interventions": odd}, f"interventions={odd!r}: neither yes nor no") for odd in (3, 0, "no", "off")),

@@ -19,11 +19,12 @@ from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.folders import class_folders
 from sharpscope.intervention import interventions_from
+from sharpscope.journal import resumed
 from sharpscope.measures import Measure, measures_from
 from sharpscope.models import ClipModel, LogitsModel, load_pair, read_templates
 from sharpscope.optim.activity import read_audit
 from sharpscope.perturbation import MSharpness
-from sharpscope.plan import Plan, alphas_from
+from sharpscope.plan import Plan, alphas_from, path_notes
 from sharpscope.precision import deterministic_algorithms
 from sharpscope.preparation import prepare
 from sharpscope.ranks import launched
@@ -32,7 +33,10 @@ from sharpscope.result import ScanResult
 from sharpscope.scanner import scan
 from sharpscope.search import RecipeSearch
 from sharpscope.sources import WEBDATASET, images, is_folder
+from sharpscope.storage import check_writable, writing
 from sharpscope.webdataset import archive_templates
+
+Words = tuple[ClassNames | None, ClassNames | None]  # of the ID set, of every other folder
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,25 @@ class Material:
 
 def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     """Return models and data, read as the settings say; all images are preprocessed as the zero-shot model wants."""
-    templates = _templates(chosen)
-    id_names, names = _classnames(chosen)
-    zero_shot, fine_tuned = load_pair(
-        chosen.zero_shot, chosen.fine_tuned, templates=templates, convert=chosen.convert == "auto"
-    )
+    sentences, words = templates(chosen), classnames(chosen)
+    ends = load_pair(chosen.zero_shot, chosen.fine_tuned, templates=sentences, convert=chosen.convert == "auto")
+    return read(chosen, *ends, words, progress=progress)
+
+
+def read(
+    chosen: Settings,
+    zero_shot: ClipModel | LogitsModel,
+    fine_tuned: ClipModel | LogitsModel,
+    words: Words,
+    *,
+    progress: bool | None = None,
+) -> Material:
+    """Return both models with the data of the settings; see :func:`material`."""
     if chosen.templates is not None and isinstance(zero_shot, LogitsModel):
         warnings.warn(f"--templates changes nothing: {zero_shot.name} is a classifier with its own head", stacklevel=2)
-    read = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
-    id_split = read(
+    id_names, names = words
+    split = partial(images, model=zero_shot, limit=chosen.images, seed=chosen.seed, progress=progress)
+    id_split = split(
         chosen.id,
         name="id",
         classnames=id_names,
@@ -68,7 +82,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     def read_other(place: str, name: str, captions: bool = False) -> Split:
         own = names if is_folder(place) else None
         known = id_split.classes
-        return read(place, name=name, classes=known, classnames=own, subset=chosen.subset, captions=captions)
+        return split(place, name=name, classes=known, classnames=own, subset=chosen.subset, captions=captions)
 
     return Material(
         zero_shot=zero_shot,
@@ -79,7 +93,7 @@ def material(chosen: Settings, *, progress: bool | None = None) -> Material:
     )
 
 
-def _templates(chosen: Settings) -> Iterable[str] | None:
+def templates(chosen: Settings) -> Iterable[str] | None:
     """Return the templates of the settings, else those that an ID webdataset brings along."""
     if chosen.templates is not None:
         return read_templates(chosen.templates)
@@ -91,7 +105,7 @@ def _templates(chosen: Settings) -> Iterable[str] | None:
     return found
 
 
-def _classnames(chosen: Settings) -> tuple[ClassNames | None, ClassNames | None]:
+def classnames(chosen: Settings) -> Words:
     """Return the words of the ID set and those of every folder: a file with a line each names the ID folders only."""
     if chosen.classnames is None or not is_folder(chosen.id):
         return chosen.classnames, None
@@ -116,9 +130,18 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
     return measure
 
 
-def plan_line(chosen: Settings) -> str:
-    """Return what :func:`measure` would do, after checking models and data; nothing is measured or written."""
+def _check_out(chosen: Settings) -> None:
+    """Raise for an output folder that cannot be written, before images are read and hours measured."""
+    with writing(Path(chosen.out)):
+        check_writable(Path(chosen.out))
+
+
+def plan_line(chosen: Settings, *, fresh: bool = False, audit: str | None = None) -> str:
+    """Return what :func:`measure` would do, after all that it refuses; nothing is measured or written."""
     own_device(chosen.device)  # refused before images are read
+    if audit is not None:
+        read_audit(audit)
+    _check_out(chosen)
     found = material(chosen)
     plan = Plan(
         alphas_from(chosen.alphas),
@@ -140,7 +163,9 @@ def plan_line(chosen: Settings) -> str:
         chosen.device,
     )
     moves = interventions_from(chosen.interventions, chosen.intervention_limit, job, plan)
-    return "\n".join([job.describe(plan, 0), *([moves.describe(job)] if moves else [])])
+    done = [] if fresh else resumed(Path(chosen.out) / "cells.jsonl", job.identity(plan))[0]
+    notes = [f"  note: {note}" for note in path_notes(plan.alphas)]
+    return "\n".join([job.describe(plan, len(done)), *notes, *([moves.describe(job)] if moves else [])])
 
 
 @contextmanager
@@ -209,6 +234,8 @@ def measure(
         deterministic_algorithms(chosen.deterministic),
         launched(chosen.device) as leads,
     ):
+        if leads:
+            _check_out(chosen)
         found = material(chosen, progress=progress if leads else False)
         result = _scanned(chosen, found, fresh, progress)
         if leads:

@@ -121,7 +121,7 @@ def report(
 
     chosen = settings({name: value for name, value in given.items() if name not in NO_SETTINGS}, config)
     if dry_run:
-        typer.echo(plan_line(chosen))
+        typer.echo(plan_line(chosen, fresh=fresh, audit=audit))
         return
     show(measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit), chosen.out)
 

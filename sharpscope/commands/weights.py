@@ -55,15 +55,38 @@ def merge(
     fine_tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same of the fine-tuned model.")] = None,
     id: Annotated[str | None, typer.Option(metavar="DIR", help="Judge the result on these images.")] = None,
     ood: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="And on these; repeatable.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Sentences with {} for the class name, if not the scan's.")
+    ] = None,
+    classnames: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Words of the class folders, if not the scan's.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the alphas, stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is there already.")] = False,
 ) -> None:
     """Write the checkpoint between the two of a scan, in the layout of the fine-tuned one, and judge it again."""
-    from sharpscope.commands.merge import Request, merged, prepared
+    from sharpscope.commands.merge import Request, checked, merged, prepared
     from sharpscope.config import named_places
 
-    ready = prepared(Request(recipe, folder, zero_shot, fine_tuned, keep_id, per_layer, id, named_places(ood or [])))
+    places = named_places(ood or [])
+    request = Request(
+        recipe,
+        folder,
+        zero_shot,
+        fine_tuned,
+        keep_id,
+        per_layer,
+        id,
+        places,
+        templates=templates,
+        classnames=classnames,
+    )
+    ready = prepared(request)
     typer.echo(repr(ready.plan))
-    if not dry_run:
-        for line in merged(ready, out, overwrite=overwrite):
-            typer.echo(line)
+    if dry_run:
+        checked(ready, out, overwrite=overwrite)
+        for note in ready.plan.notes:
+            typer.echo(f"note: {note}")
+        return
+    for line in merged(ready, out, overwrite=overwrite):
+        typer.echo(line)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from sharpscope.merging.output import write_merge
+from sharpscope.merging.output import check_output, write_merge
 from sharpscope.merging.plan import MergePlan, merge_plan
 from sharpscope.merging.scanned import scanned_plan
 from sharpscope.models.weights import read_weights
@@ -14,7 +14,16 @@ from sharpscope.partition import Granularity
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import RecipeFile
 
-__all__ = ["MergePlan", "merge", "merge_plan", "read_weights", "scanned_plan", "write_merge", "write_plan"]
+__all__ = [
+    "MergePlan",
+    "check_output",
+    "merge",
+    "merge_plan",
+    "read_weights",
+    "scanned_plan",
+    "write_merge",
+    "write_plan",
+]
 
 
 def merge(

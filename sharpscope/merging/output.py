@@ -19,6 +19,7 @@ from sharpscope.errors import SharpscopeError, UsageError
 from sharpscope.merging.plan import MergePlan
 from sharpscope.models.weight_files import SafetensorsFile, TorchFile, WeightsFile
 from sharpscope.recipe_file import NAME, RecipeFile, write_recipe
+from sharpscope.storage import check_writable
 
 # Configuration, tokenizer and preprocessing; not the weights, nor what a training run tells about itself.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".gz")
@@ -50,10 +51,9 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
     SharpscopeError
         If it cannot be written there.
     """
-    target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100  # not through links: they would be replaced
-    _check_target(plan, target, overwrite)
+    target = check_output(plan, out, overwrite=overwrite)
     try:
-        _check_room(plan, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _published(target) as beside:
             if plan.fine_tuned.root.is_dir():
                 _write_directory(plan, beside, stored)
@@ -64,10 +64,25 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
         if not target.is_dir():
             write_recipe(stored, _recipe_place(target))
     except OSError as error:
-        raise SharpscopeError(
-            f"the merge cannot be written to {target}: {error.strerror or error}", "choose another --out"
-        ) from error
+        raise _unwritable(target, error) from error
     return Path(out)
+
+
+def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Return the absolute place of a merge, after what :func:`write_merge` refuses; nothing is left there."""
+    target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100  # not through links: they would be replaced
+    _check_target(plan, target, overwrite)
+    try:
+        _check_room(plan, target, check_writable(target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    return target
+
+
+def _unwritable(target: Path, error: OSError) -> SharpscopeError:
+    return SharpscopeError(
+        f"the merge cannot be written to {target}: {error.strerror or error}", "choose another --out"
+    )
 
 
 def _recipe_place(target: Path) -> Path:
@@ -101,10 +116,9 @@ def _check_sources(plan: MergePlan, target: Path) -> None:
                 raise UsageError(f"{target} is, holds or lies in {source}, which is merged", "choose another --out")
 
 
-def _check_room(plan: MergePlan, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _check_room(plan: MergePlan, target: Path, there: Path) -> None:
     free, needed = (
-        shutil.disk_usage(target.parent).free,
+        shutil.disk_usage(there).free,
         (1 + isinstance(plan.fine_tuned.files[0], TorchFile)) * plan.nbytes + _SPARE,
     )
     if free < needed:

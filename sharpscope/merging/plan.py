@@ -133,7 +133,11 @@ class MergePlan:
     def notes(self) -> list[str]:
         """What the result must be read with."""
         chosen = [*self.zero_shot.notes, *self.fine_tuned.notes]
-        return [*self.remarks, *chosen, *self._casts(), *self._statistics(), *self._left_out()]
+        return [*self.remarks, *chosen, *self._beyond(), *self._casts(), *self._statistics(), *self._left_out()]
+
+    def _beyond(self) -> Iterator[str]:
+        if beyond := [f"{alpha:g}" for alpha in sorted(set(self.alphas.values())) if not 0 <= alpha <= 1]:
+            yield f"alpha {', '.join(beyond)} lies beyond the two models, outside of [0, 1]"
 
     def _casts(self) -> Iterator[str]:
         kinds = {

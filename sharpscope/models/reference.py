@@ -121,3 +121,17 @@ def placed(ref: str, place: Path) -> str:
         return str(place)
     whole = place.is_dir() or Path(rest).expanduser().is_dir()
     return f"{kind}:{place}" if whole else f"{kind}:{rest.partition('/')[0]}/{place}"
+
+
+def absolute(ref: str) -> str:
+    """Return the reference as it is meant in every working directory: with the whole path of what lies on disk.
+
+    >>> absolute("oc:ViT-B-32/openai"), absolute("py:my.models:make")
+    ('oc:ViT-B-32/openai', 'py:my.models:make')
+    """
+    try:
+        found = parsed(ref)
+    except UsageError:  # gone since it was read
+        return ref
+    place = found.path if found.kind in ("directory", "file") else found.file
+    return ref if place is None else placed(ref, place.absolute())

@@ -59,7 +59,10 @@ def read_audit(path: str | Path) -> Audit:
     """
     file = Path(path)
     if not file.exists():
-        raise UsageError(f"{file} does not exist", "the path given as audit=... to the callback")
+        raise UsageError(
+            f"{file} does not exist",
+            "--audit FILE: the log that training wrote, the path given to the callback as audit=...",
+        )
     header, lines, _ = read_lines(file)
     rows: dict[str, list[dict[str, Any]]] = {"activity": [], "sharpness": []}
     for line in lines:

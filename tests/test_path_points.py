@@ -1,0 +1,77 @@
+"""Alphas that cannot be meant are refused, those that must be read with care are said, at a shell and in Python."""
+
+import clips
+import pytest
+from nets import Vit, images
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpscope as ss
+from sharpscope.config import settings
+from sharpscope.errors import UsageError
+from sharpscope.merging import merge_plan, read_weights
+from sharpscope.plan import alphas_from, path_notes
+from sharpscope.recipe import Recipe
+
+
+@pytest.mark.parametrize("given", ["11.0", "-3", "2.0", [11.0], [11]])
+def test_a_whole_number_alone_beyond_the_path_is_no_point(given):
+    chosen = settings({"zero_shot": "a", "fine_tuned": "b", "id": "c", "alphas": given}).alphas
+    with pytest.raises(UsageError, match=r"far off the path, which runs from 0 to 1\n  fix: --alphas 11 \(alphas=11\)"):
+        alphas_from(chosen)
+
+
+def test_points_off_the_path_that_can_be_meant_are_taken():
+    assert alphas_from([1.5]) == (1.5,)
+    assert alphas_from([0, 1, 2]) == (0, 1, 2)
+    assert alphas_from([1.0]) == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "said"),
+    [
+        ([0.5], ["the alphas lack 0 (the zero-shot model) and 1 (the fine-tuned model): "]),
+        ([0, 0.5], ["the alphas lack 1 (the fine-tuned model): "]),
+        ([-0.5, 0, 1, 1.5], ["alpha -0.5, 1.5 lies beyond the two models"]),
+        ([0, 1], []),
+    ],
+)
+def test_an_end_that_is_missing_and_an_alpha_beyond_the_models_are_said(alphas, said):
+    found = path_notes(alphas_from(alphas))
+    assert len(found) == len(said)
+    assert all(note.startswith(start) for note, start in zip(found, said, strict=True))
+    x, y = images(4)
+    data = DataLoader(TensorDataset(x.float(), y), batch_size=4)
+    result = ss.scan(Vit().eval(), Vit().eval(), data, alphas=alphas, measures=(), progress=False)
+    assert [note for note in result.meta["warnings"] if "alpha" in note] == found
+
+
+def test_a_dry_run_says_them(run, tmp_path):
+    clips.pair(tmp_path)
+    clips.images(tmp_path / "id")
+    ends = ("--zero-shot", tmp_path / "base", "--fine-tuned", tmp_path / "tuned", "--id", tmp_path / "id")
+    code, out, _ = run("report", *ends, "--alphas", "0.5", "--measures", "", "--out", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert "  note: the alphas lack 0 (the zero-shot model) and 1 (the fine-tuned model): " in out
+
+
+def test_a_merge_beyond_the_two_models_says_so(tmp_path):
+    clips.pair(tmp_path)
+    ends = [read_weights(tmp_path / name) for name in ("base", "tuned")]
+    for alpha, notes in ((1.5, ["alpha 1.5 lies beyond the two models, outside of [0, 1]"]), (0.5, [])):
+        assert merge_plan(*ends, Recipe.uniform(alpha)).notes == notes
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (("--limit", "0"), "--limit 256 (limit=256); --limit all (limit=None)"),
+        (("--objective", "contrastive", "--captions"), "without --captions (captions=False)"),
+        (("--audit", "nope"), "--audit FILE: the log that training wrote"),
+    ],
+)
+def test_the_way_out_is_said_in_words_of_the_shell(run, tmp_path, flags, fix):
+    clips.pair(tmp_path)
+    clips.images(tmp_path / "id")
+    ends = ("--zero-shot", tmp_path / "base", "--fine-tuned", tmp_path / "tuned", "--id", tmp_path / "id")
+    code, _, err = run("report", *ends, *flags, "--out", tmp_path / "out", "--dry-run")
+    assert (code, f"\n  fix: {fix}" in err) == (2, True), err
