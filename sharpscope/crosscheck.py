@@ -24,8 +24,9 @@ from sharpscope.objective import Batch, Objective, check_differentiable
 from sharpscope.partition import container_names, partition
 from sharpscope.perturbation import moved
 from sharpscope.precision import differentiable
+from sharpscope.soundness import asymmetry, check_derivatives
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, axpy, dot, gaussian, norm, rademacher, scaled
+from sharpscope.tree import Tree, axpy, gaussian, norm, rademacher, scaled
 
 Data = list[tuple[Tensor, Tensor]]
 Rival = Callable[[nn.Module, Sequence[str], Data, Tree], Tensor]
@@ -105,10 +106,11 @@ def _difference(point: Point, weights: Tree, v: Tree) -> Tree:
 
 def _itself(point: Point, weights: Tree, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Return symmetry, and a finite difference of the gradient, each along random directions."""
-    u, v = (scaled(t, 1 / norm(t)) for t in (gaussian(point.gradient, "verify", side) for side in "uv"))
-    hu, hv = point.product(u), point.product(v)
+    v = gaussian(point.gradient, "verify", "v")
+    v = scaled(v, 1 / norm(v))
+    hv = point.product(v)
     gaps = {
-        "symmetry": (abs(dot(u, hv) - dot(v, hu)) / norm(hv), _LIMITS[dtype]),
+        "symmetry": (asymmetry(point), _LIMITS[dtype]),
         "finite difference": (
             norm(axpy(-1.0, _difference(point, weights, v), hv)) / norm(hv),
             max(_LIMITS[dtype], 1e-6),
@@ -196,6 +198,7 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     with torch.no_grad():
         split.check_labels(objective.outputs(weights, batch.inputs[:1]).shape[1])
     check_differentiable(objective, weights, names)
+    check_derivatives(objective, net, weights, names, curved=False)  # how symmetric products are is a row
     point, dtype = Point(objective, weights, names), next(iter(net.parameters.values())).dtype
     rows = _itself(point, weights, dtype)
     for rival in (name for name in RIVALS if _version(name)):

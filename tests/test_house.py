@@ -25,7 +25,7 @@ ROOMS = [
     ["gathering"],
     ["replay"],
     ["apgd", "curvature"],
-    ["perturbation", "evaluate", "budget"],
+    ["perturbation", "evaluate", "budget", "soundness"],
     ["measures", "memory"],
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "items", "sources", "finetune", "merging"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
+from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes, twice_differentiable
 from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
@@ -37,7 +37,8 @@ class GradientGraph:
 
         def product(v: Tree) -> Tree:
             directions = [v[n] for n in live]
-            found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
+            with twice_differentiable():
+                found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
             return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
 
         return self.products(tuple(names), {n: v[n] for n in live}, product)
