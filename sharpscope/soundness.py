@@ -96,7 +96,7 @@ def check_gradient(objective: Objective, network: Network, weights: Tree, names:
             f"the model's gradient cannot be computed: {shortened(refusal)}",
             _CHECKPOINTING,
         ) from refusal
-    (true,) = inside
+    true = inside[-1]  # the outermost call, where a module calls itself
     gap = norm({name: outside[name] - true[name] for name in true}) if true.keys() == outside.keys() else float("inf")
     if gap > LIMIT * norm(true):
         raise ModelError(
