@@ -27,8 +27,9 @@ from sharpscope.objective import Batch, Objective, check_differentiable
 from sharpscope.partition import container_names, partition
 from sharpscope.perturbation import moved
 from sharpscope.precision import differentiable
+from sharpscope.soundness import asymmetry, check_derivatives
 from sharpscope.table import MODEL
-from sharpscope.tree import Tree, axpy, dot, gaussian, norm, rademacher, scaled
+from sharpscope.tree import Tree, axpy, gaussian, norm, rademacher, scaled
 
 Data = list[tuple[Tensor, Tensor]]
 Rival = Callable[[nn.Module, Sequence[str], Data, Tree], Tensor]
@@ -131,12 +132,11 @@ def _gap(point: Point, weights: Tree, v: Tree, dtype: torch.dtype, limit: float)
 
 def _itself(point: Point, weights: Tree, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Return symmetry, and a finite difference of the gradient, each along random directions."""
-    u, v = (scaled(t, 1 / norm(t)) for t in (gaussian(point.gradient, "verify", side) for side in "uv"))
-    hu, hv = point.product(u), point.product(v)
+    v = gaussian(point.gradient, "verify", "v")
     near = max(_LIMITS[dtype], 1e-6)
-    gap, note = _gap(point, weights, v, dtype, near)
+    gap, note = _gap(point, weights, scaled(v, 1 / norm(v)), dtype, near)
     return [
-        _row("itself", MODEL, "symmetry", abs(dot(u, hv) - dot(v, hu)) / norm(hv), _LIMITS[dtype], ""),
+        _row("itself", MODEL, "symmetry", asymmetry(point.product, point.gradient), _LIMITS[dtype], ""),
         _row("itself", MODEL, "finite difference", gap, near, note),
     ]
 
@@ -220,6 +220,7 @@ def verify(model: nn.Module, loader: Any, *, layer: str | None = None, limit: in
     objective = Objective(net.forward, cross_entropy, (Batch(*batch),))
     split.check_labels(class_count(objective, weights, batch.inputs, "the model", split.name))
     check_differentiable(objective, weights, names)
+    check_derivatives(objective, net, weights, names, curved=False)  # how symmetric products are is a row
     point, dtype = Point(objective, weights, names), next(iter(net.parameters.values())).dtype
     rows = _itself(point, weights, dtype)
     for rival in (name for name in RIVALS if _version(name)):

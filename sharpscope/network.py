@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import is_not
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from sharpscope.errors import ModelError
 from sharpscope.tree import Tree
@@ -30,8 +34,14 @@ class Network:
     def forward(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the logits ``(n, classes)`` at the weights; ``weights`` must hold parameters and buffers."""
         tied = {name: weights[first] for name, first in self._ties.items() if first in weights}
-        # Left to itself torch puts tensors in by every name of a submodule, and gives back what it found the last time.
-        return logits(functional_call(self.module, {**weights, **tied}, (inputs,), tie_weights=False))
+        with _attributes_kept(self._own):
+            # Left to itself torch puts tensors in by every name of a submodule, and gives back what it found last.
+            return logits(functional_call(self.module, {**weights, **tied}, (inputs,), tie_weights=False))
+
+    @cached_property
+    def _own(self) -> list[dict[str, Any]]:
+        """The attributes of every submodule."""
+        return [vars(sub) for sub in self.module.modules()]
 
     @cached_property
     def _ties(self) -> dict[str, str]:
@@ -44,6 +54,23 @@ class Network:
                 if first.setdefault(id(tensor), name) != name:
                     found[name] = first[id(tensor)]
         return found
+
+
+@contextmanager
+def _attributes_kept(submodules: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Put back attributes where a plain tensor is written among them: what pruning computes from weights, a cache.
+
+    All of a submodule's or none: a number that says what a cached tensor holds goes with it.
+    """
+    before = [(own, own.copy()) for own in submodules]
+    try:
+        yield
+    finally:
+        for own, known in before:
+            same = len(own) == len(known) and not any(map(is_not, own.values(), known.values()))  # quick, for most
+            if not same and any(isinstance(value, Tensor) and value is not known.get(n) for n, value in own.items()):
+                own.clear()
+                own.update(known)
 
 
 def logits(outputs: Any) -> Tensor:
@@ -83,12 +110,14 @@ def network(module: nn.Module, role: str) -> Network:
     Raises
     ------
     ModelError
-        If it is no module, is wrapped, is in training mode, or has no weights or half-precision ones; the message
-        names the culprit.
+        If it is no module, is wrapped, is in training mode, has no weights or half-precision ones, or ones without
+        numbers, or embeddings that overwrite theirs; the message names the culprit.
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"{role} is a {type(module).__name__}", "a torch.nn.Module, or what sharpscope.load returns")
     _check_bare(module, role)
+    _check_filled(module, role)
+    _check_embeddings(module, role)
     if type(module).__module__.partition(".")[0] in _LIBRARIES and any(hasattr(module, verb) for verb in _CLIP_VERBS):
         raise ModelError(
             f"{role} is a {type(module).__name__} of {type(module).__module__.partition('.')[0]}: of images alone it "
@@ -125,6 +154,35 @@ def network(module: nn.Module, role: str) -> Network:
         )
     # Copies: a forward may count in a buffer.
     return Network(module, floating, {n: b.detach().clone() for n, b in module.named_buffers()})
+
+
+def _check_filled(module: nn.Module, role: str) -> None:
+    """Raise for tensors that hold no numbers."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{role} has {name!r} of no shape yet: a lazy module takes it from the first inputs",
+                "run it once on a batch, then make the copy that is fine-tuned",
+            )
+        if tensor.is_meta:
+            raise ModelError(f"{role} has {name!r} on the meta device: it holds no numbers", "load its weights first")
+
+
+def _check_embeddings(module: nn.Module, role: str) -> None:
+    """Raise for embeddings that overwrite their weights in the forward, or have sparse gradients."""
+    for name, sub in module.named_modules():
+        if not isinstance(sub, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if sub.max_norm is not None:
+            raise ModelError(
+                f"{role} has an embedding with max_norm ({name!r}), which overwrites its weights in every forward",
+                "renormalise the weights once, then set .max_norm = None on it",
+            )
+        if sub.sparse:
+            raise ModelError(
+                f"{role} has an embedding with sparse gradients ({name!r}), which cannot be differentiated again",
+                "set .sparse = False on it: no number changes",
+            )
 
 
 def _is_inference(tensor: object) -> bool:

@@ -17,6 +17,7 @@ from sharpscope.errors import MeasurementError, ModelError, UsageError
 from sharpscope.losses import COUPLED, Loss
 from sharpscope.ranks import ALONE, Ranks
 from sharpscope.tree import Tree
+from sharpscope.weight_norm import PlainWeightNorm
 
 
 class Batch(NamedTuple):
@@ -134,8 +135,8 @@ class Objective:
         return self.ranks.summed(parts, like, len(self.batches))
 
     def outputs(self, weights: Tree, inputs: Any) -> Tensor:
-        """Return the outputs; attention runs unfused, as the fused kernels have no second derivative."""
-        with sdpa_kernel(SDPBackend.MATH):
+        """Return the outputs; attention and weight norm run unfused: kernels have no second derivative, or err."""
+        with sdpa_kernel(SDPBackend.MATH), PlainWeightNorm():
             return self.forward(weights, inputs)
 
     def part(self, weights: Tree, batch: Batch) -> Tensor:

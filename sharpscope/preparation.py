@@ -32,6 +32,7 @@ from sharpscope.plan import Plan, path_notes
 from sharpscope.precision import matmul_precision
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
+from sharpscope.soundness import check_derivatives
 from sharpscope.tree import Tree, check_same_structure, select
 
 MEANS = ("mean OOD", "ood mean")  # names of means over sets, in the page and in tables
@@ -146,7 +147,8 @@ def prepare(
 
     With ``parallel="data"`` the ranks measure every alpha together, with ``"weights"`` each holds a part of them.
 
-    Cost: three forwards and one gradient of a batch, and a forward per split.
+    Cost: three forwards and one gradient of a batch, a forward per split, and what checks of derivatives take on two
+    examples.
     """
     curvature = next((split for split in (id_split, *ood) if _same(split, curvature)), curvature)
     _check_names(list(dict.fromkeys([id_split, *ood, curvature])))
@@ -175,7 +177,7 @@ def prepare(
     sharers = ranks if parallel == "data" else ALONE
     objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
-    layers, example = _touched(objective, {**constants, **path.start}, everything, labelled)
+    layers, example = _touched(objective, net, {**constants, **path.start}, everything, labelled, plan)
     notes += _untouched(path, everything, layers)
     if parallel != "weights":
         notes += _same_forward(objective, networks, constants, path)
@@ -225,7 +227,14 @@ def _in_pieces(objective: Objective, example: int, weights: int, device: torch.d
     return replace(objective, pieces=pieces_for(len(objective.batches[0].targets), example, weights, free))
 
 
-def _touched(objective: Objective, weights: Tree, everything: Partition, splits: list[Split]) -> tuple[Partition, int]:
+def _touched(
+    objective: Objective,
+    network: Network | ShardedNetwork,
+    weights: Tree,
+    everything: Partition,
+    splits: list[Split],
+    plan: Plan,
+) -> tuple[Partition, int]:
     """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches.
 
     Also returned: the bytes that the gradient graph of an example keeps.
@@ -238,6 +247,9 @@ def _touched(objective: Objective, weights: Tree, everything: Partition, splits:
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
     check_differentiable(example, weights, everything.names)
+    if plan.measures and not isinstance(network, ShardedNetwork):  # whose module is without weights after a forward
+        curved = any(getattr(measure, "matrix", None) == "hessian" for measure in plan.measures)
+        check_derivatives(first, network, weights, everything.names, curved)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
     return everything.only(set(everything.names) - point.unused), point.graph_bytes
 

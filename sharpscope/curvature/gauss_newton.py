@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import Graphs, block_diagonal, summed
+from sharpscope.curvature.graphs import Graphs, block_diagonal, summed, twice_differentiable
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
 
@@ -67,7 +67,8 @@ class GaussNewton:
         if not live or not graph.slope.requires_grad:  # a loss linear in z has H_out = 0
             return {}
         leaves = [self._leaves[name] for name in names]
-        bent = torch.autograd.grad(graph.slope, graph.copy, self._moved(graph, live, v), retain_graph=True)
+        with twice_differentiable():
+            bent = torch.autograd.grad(graph.slope, graph.copy, self._moved(graph, live, v), retain_graph=True)
         found = torch.autograd.grad(graph.outputs, leaves, bent, retain_graph=True, allow_unused=True)
         return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
 

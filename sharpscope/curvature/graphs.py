@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from sharpscope.curvature.recorded import shortened
+from sharpscope.errors import ModelError
 from sharpscope.objective import Again, Batch, Objective, restored, saving
 from sharpscope.sharding import local
 from sharpscope.tree import Tree, select
@@ -168,6 +172,27 @@ class _Anew(Generic[Graph]):
 
     def __iter__(self) -> Iterator[Graph]:
         return map(self.make, self.pieces)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Say in a sentence that an operation has no second derivative.
+
+    Raises
+    ------
+    ModelError
+        If torch says so.
+    """
+    try:
+        yield
+    except RuntimeError as refusal:
+        if not re.search(r"derivative .*not implemented|differentiate twice", str(refusal)):
+            raise
+        raise ModelError(
+            f"an operation of the model or its loss has no second derivative in torch: {shortened(refusal)}",
+            "the same by other operations, as nn.Embedding and a sum for nn.EmbeddingBag; "
+            "or m_sharpness, which needs first derivatives only",
+        ) from refusal
 
 
 def summed(

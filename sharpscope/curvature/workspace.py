@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
+from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes, twice_differentiable
 from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
@@ -37,7 +37,8 @@ class GradientGraph:
 
         def product(v: Tree) -> Tree:
             directions = [v[n] for n in live]
-            found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
+            with twice_differentiable():
+                found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
             return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
 
         return self.products(tuple(names), {n: v[n] for n in live}, product)
@@ -174,9 +175,18 @@ class _InPlace(Graphs[RenewedGraph]):
         return self._spare[size]
 
 
-def _differentiated(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> tuple[Tensor, Tree]:
+def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
+    """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    found = _differentiated(objective, {**weights, **leaves}, leaves, objective.batches[0], fused=False)
+    return GradientGraph(*found, leaves, Products())
+
+
+def _differentiated(
+    objective: Objective, weights: Tree, leaves: Tree, batch: Batch, *, fused: bool = True
+) -> tuple[Tensor, Tree]:
     """Return loss and gradient of the batch, the gradient with its graph."""
-    with torch.enable_grad(), smooth(on=next(iter(leaves.values())).is_cuda):
+    with torch.enable_grad(), smooth(on=fused and next(iter(leaves.values())).is_cuda):
         loss = objective.part(weights, batch)
         found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)

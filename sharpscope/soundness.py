@@ -1,0 +1,135 @@
+"""Are derivatives of the network those of the function that it is? Tried on two examples, before anything is measured.
+
+Two ways to be silently wrong. A forward that checkpoints activations runs again while gradients are computed, when the
+weights that it was called with are no longer in the module. And operations have second derivatives that are wrong,
+where a backward computes on what it takes for constant: then the Hessian is not symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sharpscope.curvature.recorded import shortened
+from sharpscope.curvature.workspace import plain_graph
+from sharpscope.errors import ModelError
+from sharpscope.network import Network, logits
+from sharpscope.objective import Objective
+from sharpscope.precision import matmul_precision
+from sharpscope.tree import Tree, dot, gaussian, norm, rademacher
+
+AWAY = 1 / 16  # share of every weight by which it is moved, so that the module's own are others
+# Of sound networks in float32, saturated ones too: gradients differ by 0, products by 3e-6 at most. Of weight norm as
+# torch has it in one layer of eight: 2e-5 to 1e-3, in one of two: 5e-2 and more.
+LIMIT = 1e-4
+_CHECKPOINTING = (
+    "if it checkpoints activations, turn that off: model.gradient_checkpointing_disable(), "
+    "model.set_grad_checkpointing(False), or how else it was turned on"
+)
+
+
+def check_derivatives(
+    objective: Objective, network: Network, weights: Tree, names: Sequence[str], curved: bool
+) -> None:
+    """Raise unless gradients, and products with the Hessian if it is wanted, are right.
+
+    Parameters
+    ----------
+    objective
+        Of which two or three examples are taken.
+    network
+        Whose forward is the objective's.
+    weights, names
+        All tensors, and those that are differentiated; tried at weights near to these.
+    curved
+        Whether second derivatives are wanted.
+
+    Raises
+    ------
+    ModelError
+        If they are not.
+
+    Notes
+    -----
+    Cost: a forward and two gradients of these examples; two products.
+    """
+    few = replace(objective, batches=(objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0],))
+    signs = rademacher({name: weights[name] for name in names}, "soundness")
+    near = {**weights, **{name: weights[name] * (1 + AWAY * sign) for name, sign in signs.items()}}
+    with matmul_precision("highest"):  # in TF32 products are as asymmetric as it rounds
+        check_gradient(few, network, near, names)
+        if not curved:
+            return
+        # Not by a point: on a GPU that would compile its kernels once more, for full float32.
+        graph = plain_graph(_unsaturated(few, near), near, names)
+        gap = asymmetry(partial(graph.product, tuple(graph.gradient)), graph.gradient)
+        if gap > LIMIT:
+            raise ModelError(
+                f"the model's Hessian is not symmetric, by {gap:.1g} of a product: a second derivative in it is wrong",
+                "operations that torch differentiates twice, in place of a fused kernel or an autograd.Function of "
+                "one's own whose backward is not differentiable; m_sharpness needs first derivatives only",
+            )
+
+
+def check_gradient(objective: Objective, network: Network, weights: Tree, names: Sequence[str]) -> None:
+    """Raise unless the gradient is the one that is computed while the weights are in the module."""
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    batch, inside = objective.batches[0], list[Tree]()
+
+    def gradient(loss: Tensor) -> Tree:
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
+        return {name: tensor for name, tensor in zip(leaves, found, strict=True) if tensor is not None}
+
+    def within(_module: object, _inputs: object, outputs: object) -> None:
+        inside.append(gradient(objective.loss(logits(outputs), batch.targets) / objective.examples))
+
+    try:
+        handle = network.module.register_forward_hook(within)
+        try:
+            with torch.enable_grad():
+                loss = objective.part({**weights, **leaves}, batch)
+        finally:
+            handle.remove()
+        outside = gradient(loss)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as refusal:
+        raise ModelError(
+            f"the model's gradient cannot be computed: {shortened(refusal)}",
+            _CHECKPOINTING,
+        ) from refusal
+    true = inside[-1]  # the outermost call, where a module calls itself
+    gap = norm({name: outside[name] - true[name] for name in true}) if true.keys() == outside.keys() else float("inf")
+    if gap > LIMIT * norm(true):
+        raise ModelError(
+            "the model's forward runs again while its gradient is computed, then with its own weights instead of those "
+            f"it was given: the gradient is wrong by {gap / max(norm(true), 1e-300):.1g} of it",
+            _CHECKPOINTING,
+        )
+
+
+def asymmetry(product: Callable[[Tree], Tree], like: Tree) -> float:
+    """Return ``|u . Hv - v . Hu| / max(|Hu|, |Hv|)`` for standard normal u and v, of order 1 if H were any matrix.
+
+    The product's tensors are those of ``like``, where they are not zero.
+
+    Not divided by the length of u: ``u . Hv`` is of the order of ``|Hv|`` however many weights there are.
+    """
+    u, v = (gaussian(like, "verify", side) for side in "uv")
+    hu, hv = product(u), product(v)
+    size = max(norm(hu), norm(hv))
+    return abs(dot(hv, u) - dot(hu, v)) / size if size else 0.0
+
+
+def _unsaturated(objective: Objective, weights: Tree) -> Objective:
+    """Return the objective with outputs scaled to a largest of 1: of a loss near 0 the Hessian is all rounding."""
+    if objective.coupled:
+        return objective
+    with torch.no_grad():
+        largest = objective.outputs(weights, objective.batches[0].inputs).abs().max()
+    scale, forward = 1 / largest if largest > 0 else 1.0, objective.forward
+    return replace(objective, forward=lambda weights, inputs: forward(weights, inputs) * scale)
