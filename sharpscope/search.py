@@ -41,7 +41,7 @@ class RecipeSearch:
     evaluations
         Most that are tried; each costs what the evaluation of one alpha does, a forward over all images.
     sparse
-        Layers that are made sparse instead, e.g. stragglers.
+        Layers that are made sparse instead, e.g. stragglers. Their running statistics stay those of the mix.
     """
 
     evaluations: int = 60
@@ -150,7 +150,8 @@ class Search:
         job = self._job
         mixed = job.path.mixed(trial.recipe.alphas(job.path_layers.layers), job.path_layers)
         if trial.sparse:
-            names = job.path_layers.layers[trial.sparse.layer]
+            # Parameters only: a running variance that is dropped and rescaled may be negative.
+            names = job.layers.layers[trial.sparse.layer]
             start, here = select(job.path.start, names), select(mixed, names)
             mixed |= sparsify(start, here, trial.sparse.p, rescale=trial.sparse.rescale, seed=self._plan.seed)
         return {**job.constants, **mixed}

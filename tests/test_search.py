@@ -5,17 +5,20 @@ import copy
 import numpy as np
 import pytest
 import torch
+from nets import images
 from scipy import stats
 from test_intervention import ID, OOD, hybrid, pair, problem
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.errors import UsageError
 from sharpscope.path import Path
 from sharpscope.recipe import Recipe
 from sharpscope.search import RecipeSearch
+from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.interval import accuracy_interval
-from sharpscope.stragglers.recipes import Candidate, Contest, with_recipe
+from sharpscope.stragglers.recipes import Candidate, Contest, recipe_key, with_recipe
 from sharpscope.stragglers.recommendation import halves, recommend
 from sharpscope.trials import projected
 
@@ -215,6 +218,40 @@ def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_me
     walked = [alphas[name] * far for name, far in distances.items() if alphas[name] < 1]
     assert max(walked) == pytest.approx(min(walked), rel=1e-4)
     assert all(distances[n] <= max(walked) + 1e-4 for n in distances if alphas[n] == 1)
+
+
+def between(kind="conv", alpha=0.5):
+    """Return a pair whose running statistics moved, and data on which the mix at alpha is always right."""
+    a, b = pair(kind)
+    half, (x, _) = copy.deepcopy(a), images(300, 5)
+    theirs = b.state_dict()
+    half.load_state_dict({k: v + alpha * (theirs[k] - v) for k, v in a.state_dict().items()})
+    with torch.no_grad():
+        return a, b, half, DataLoader(TensorDataset(x, half(x).argmax(1)), batch_size=100)
+
+
+def trial_cells(result, kind):
+    """Return name and key of every trial of a kind."""
+    return {t["name"]: t["key"] for t in result.meta["recipes"]["trials"] if t["kind"] == kind}
+
+
+def test_a_layer_is_made_sparse_in_its_parameters_and_its_running_statistics_stay_those_of_the_mix():
+    a, b, half, data = between()
+    settings = {**SETTINGS, "ood": {"far": data}}
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20, sparse=("1",)), **settings)
+    assert result.recommend().alpha == 0.5
+    cells, (x, y) = {cell.key: cell for cell in result.cells}, data.dataset.tensors
+    found = trial_cells(result, "sparsified")
+    assert len(found) == 4
+    for name, key in found.items():
+        net, p = copy.deepcopy(half), 0.5 if "50%" in name else 0.9
+        mine = ("1.weight", "1.bias")
+        start, here = ({n: net_.state_dict()[n] for n in mine} for net_ in (a, half))
+        net.load_state_dict({**half.state_dict(), **sparsify(start, here, p, rescale="rescaled" in name)})
+        with torch.no_grad():
+            right = (net(x).argmax(1) == y).numpy()
+        assert not right.all(), "the layer does something"
+        assert (cells[recipe_key("far", key)].arrays["correct"] == right).all(), name
 
 
 @pytest.mark.parametrize(
