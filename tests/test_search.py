@@ -1,6 +1,7 @@
 """Recipes: against whole models put together, planted optima, and luck."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -252,6 +253,42 @@ def test_a_layer_is_made_sparse_in_its_parameters_and_its_running_statistics_sta
             right = (net(x).argmax(1) == y).numpy()
         assert not right.all(), "the layer does something"
         assert (cells[recipe_key("far", key)].arrays["correct"] == right).all(), name
+
+
+class Apart(nn.Module):
+    """Two layers that must not be at alphas more than half apart: beyond that the logits are NaN."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 3), nn.Linear(3, 3)
+        for layer in (self.one, self.two):
+            layer.place = nn.Parameter(torch.tensor(place))
+
+    def forward(self, x):
+        return self.two(self.one(x.flatten(1))) + (0.5001 - (self.one.place - self.two.place).abs()).log()
+
+
+def test_recipes_without_a_finite_loss_are_set_aside_with_a_warning_also_where_a_cut_scan_goes_on(tmp_path):
+    torch.manual_seed(0)
+    a, b = Apart(0.0).double().eval(), Apart(1.0).double().eval()
+    run = partial(sharpscope.scan, a, b, ID, recipes=RecipeSearch(30), **SETTINGS)
+    whole = run(out=tmp_path / "whole")
+    alpha, tried = whole.recommend().alpha, whole.meta["recipes"]["trials"]
+    alphas = [Recipe(tuple(map(tuple, t["rules"]))).alphas(["one", "two"]) for t in tried if t["rules"]]
+    assert alphas
+    assert all(abs(own["one"] - own["two"]) <= 0.5 for own in alphas)
+    (warning,) = (w for w in whole.meta["warnings"] if "set aside" in w)
+    lines = (tmp_path / "whole" / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    aside = [i for i, line in enumerate(lines) if b'"arrays": {}' in line]
+    assert f"not finite: {len(aside)} (LiNeS 0 to 1, on 'id', ...)" in warning
+    assert list(whole.recipes["recipe"][3:]) == [t["name"] for t in tried]
+    assert whole.recommend(per_layer=True).alpha == alpha
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "cells.jsonl").write_bytes(b"".join(lines[: aside[0] + 2]))
+    resumed = run(out=tmp_path / "cut")
+    assert (tmp_path / "cut" / "cells.jsonl").read_bytes() == b"".join(lines)
+    assert resumed.meta["warnings"] == whole.meta["warnings"]
+    assert resumed.recipes.equals(whole.recipes)
 
 
 @pytest.mark.parametrize(
