@@ -82,11 +82,11 @@ class Search:
         self._uniform = score({name: correct[self.alpha, name] for name in names}, self._target, self._first)
         # A layer that did not move changes nothing at any alpha.
         start, end = job.path.start, job.path.end
-        self._layers = {
-            layer: names
+        self._layers = [
+            layer
             for layer, names in job.path_layers.layers.items()
             if layer in job.layers.layers and any(not start[n].equal(end[n]) for n in names)
-        }
+        ]
         self.trials: dict[str, Trial] = {}
         self._aside: dict[str, str] = {}  # key of a trial -> set on which its loss is not finite
 
@@ -108,7 +108,7 @@ class Search:
             )
 
     def _all_cells(self) -> Iterator[Cell]:
-        for trial in [*ramps(self.alpha, list(self._layers)), *self._projections()]:
+        for trial in [*ramps(self.alpha, self._layers), *self._projections()]:
             yield from self._tried(trial)
         changes: dict[str, float] = dict.fromkeys(self._layers, 0.0)
         if self.alpha != 0:
@@ -176,9 +176,11 @@ class Search:
         return {**job.constants, **mixed}
 
     def _projections(self) -> list[Trial]:
+        # Over parameters, as delta_norm: how far running statistics went is no distance between weights.
         start, delta = self._job.path.start, self._job.path.delta
-        distances = {layer: norm(select(delta, names)) for layer, names in self._layers.items()}
-        norms = {layer: norm(select(start, names)) for layer, names in self._layers.items()}
+        names = {layer: self._job.layers.layers[layer] for layer in self._layers}
+        distances = {layer: norm(select(delta, mine)) for layer, mine in names.items()}
+        norms = {layer: norm(select(start, mine)) for layer, mine in names.items()}
         return projections(distances, norms, self.alpha)
 
 

@@ -86,8 +86,11 @@ def _ramp(first: float, last: float, count: int) -> list[float]:
 
 
 def projections(distances: Mapping[str, float], norms: Mapping[str, float], alpha: float) -> list[Trial]:
-    """Return two projections with this mean alpha: to one distance, and to one distance per norm at zero-shot."""
-    if alpha in (0.0, 1.0):
+    """Return two projections with this mean alpha: to one distance, and to one distance per norm at zero-shot.
+
+    None where nothing is shortened: at an end of the path or beyond, and where no layer went any distance.
+    """
+    if not 0 < alpha < 1 or not any(distances.values()):
         return []
     relative = {layer: found / (norms[layer] or 1.0) for layer, found in distances.items()}
     return [

@@ -221,14 +221,12 @@ def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_me
     assert all(distances[n] <= max(walked) + 1e-4 for n in distances if alphas[n] == 1)
 
 
-def between(kind="conv", alpha=0.5):
-    """Return a pair whose running statistics moved, and data on which the mix at alpha is always right."""
-    a, b = pair(kind)
-    half, (x, _) = copy.deepcopy(a), images(300, 5)
-    theirs = b.state_dict()
-    half.load_state_dict({k: v + alpha * (theirs[k] - v) for k, v in a.state_dict().items()})
+def between(a, b):
+    """Return the model half-way between two, and data on which it is always right."""
+    half, theirs, (x, _) = copy.deepcopy(a), b.state_dict(), images(300, 5)
+    half.load_state_dict({k: v + 0.5 * (theirs[k] - v) for k, v in a.state_dict().items()})
     with torch.no_grad():
-        return a, b, half, DataLoader(TensorDataset(x, half(x).argmax(1)), batch_size=100)
+        return half, DataLoader(TensorDataset(x, half(x).argmax(1)), batch_size=100)
 
 
 def trial_cells(result, kind):
@@ -237,7 +235,8 @@ def trial_cells(result, kind):
 
 
 def test_a_layer_is_made_sparse_in_its_parameters_and_its_running_statistics_stay_those_of_the_mix():
-    a, b, half, data = between()
+    a, b = pair("conv")
+    half, data = between(a, b)
     settings = {**SETTINGS, "ood": {"far": data}}
     result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20, sparse=("1",)), **settings)
     assert result.recommend().alpha == 0.5
@@ -253,6 +252,31 @@ def test_a_layer_is_made_sparse_in_its_parameters_and_its_running_statistics_sta
             right = (net(x).argmax(1) == y).numpy()
         assert not right.all(), "the layer does something"
         assert (cells[recipe_key("far", key)].arrays["correct"] == right).all(), name
+
+
+def test_projections_are_to_one_radius_of_the_parameters_whatever_running_statistics_did():
+    a, b = pair("conv")
+    _, data = between(a, b)
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20), **{**SETTINGS, "ood": {"far": data}})
+    found = [t for t in result.meta["recipes"]["trials"] if t["kind"] == "projection"]
+    facts = result.meta["layers"]
+    moved = {layer: known["delta_norm"] for layer, known in facts.items()}
+    shares = {layer: known["delta_norm"] / known["start_norm"] for layer, known in facts.items()}
+    for trial, distances in zip(found, (moved, shares), strict=True):
+        alphas = {layer: dict(map(tuple, trial["rules"]))[layer] for layer in facts}
+        radius = np.mean([alphas[n] * distances[n] for n in facts if alphas[n] < 1])
+        assert np.mean(list(alphas.values())) == pytest.approx(0.5, abs=1e-5)
+        assert alphas == pytest.approx({n: min(1, radius / distances[n]) for n in facts}, abs=1e-4), trial["name"]
+
+
+def test_where_only_running_statistics_moved_there_is_nothing_to_project():
+    a, _ = pair("conv")
+    b = copy.deepcopy(a)
+    b[1].running_mean.add_(3 * torch.randn(4))
+    _, data = between(a, b)
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20), **{**SETTINGS, "ood": {"far": data}})
+    assert result.recommend().alpha == 0.5
+    assert {t["kind"] for t in result.meta["recipes"]["trials"]} == {"LiNeS", "sparsified", "shrunk"}
 
 
 class Apart(nn.Module):
