@@ -64,10 +64,14 @@ def _by_layer(name: str, kind: str, alphas: Mapping[str, float], rest: float) ->
 
 
 def ramps(alpha: float, layers: list[str]) -> list[Trial]:
-    """Return LiNeS ramps over the layers that rise and fall about the alpha, gently and from end to end."""
-    reach = min(0.25, max(alpha, 0.0), max(1 - alpha, 0.0)) or 0.25
+    """Return LiNeS ramps over the layers that rise and fall about the alpha, gently and from end to end.
+
+    No layer leaves the path, or goes farther beyond it than the alpha does.
+    """
+    low, high = min(0.0, alpha), max(1.0, alpha)
+    reach = min(0.25, alpha - low, high - alpha) or 0.25
     ends = dict.fromkeys(
-        (min(max(first, 0.0), 1.0), min(max(last, 0.0), 1.0))
+        (min(max(first, low), high), min(max(last, low), high))
         for first, last in ((alpha - reach, alpha + reach), (alpha + reach, alpha - reach), (0.0, 1.0), (1.0, 0.0))
     )
     return [

@@ -21,7 +21,7 @@ from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.interval import accuracy_interval
 from sharpscope.stragglers.recipes import Candidate, Contest, recipe_key, with_recipe
 from sharpscope.stragglers.recommendation import halves, recommend
-from sharpscope.trials import projected
+from sharpscope.trials import projected, projections, ramps
 
 SETTINGS = {"ood": OOD, "alphas": 3, "measures": [], "interventions": False, "progress": False}
 
@@ -209,6 +209,30 @@ def test_models_that_are_the_same_leave_nothing_to_try():
     result = sharpscope.scan(a, copy.deepcopy(a), ID, recipes=True, **SETTINGS)
     assert result.meta["recipes"]["trials"] == []
     assert set(result.recipes["kind"]) == {"uniform"}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "gentle"),
+    [
+        (0.0, (0, 0.25)),
+        (0.1, (0, 0.2)),
+        (0.5, (0.25, 0.75)),
+        (1.0, (0.75, 1)),
+        (1.5, (1.25, 1.5)),
+        (-0.3, (-0.3, -0.05)),
+    ],
+)
+def test_ramps_lie_about_the_best_alpha_also_where_it_is_beyond_an_end(alpha, gentle):
+    found = [[own for _, own in trial.recipe.rules[:-1]] for trial in ramps(alpha, ["a", "b", "c"])]
+    middle = sum(gentle) / 2
+    expected = [[gentle[0], middle, gentle[1]], [gentle[1], middle, gentle[0]], [0, 0.5, 1], [1, 0.5, 0]]
+    assert found == [pytest.approx(alphas) for alphas in expected]
+    assert all(len({first, last}) == 2 for first, _, last in found), "else an alpha for all under another name"
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.0, 1.0, 1.5])
+def test_at_an_end_of_the_path_and_beyond_nothing_is_projected(alpha):
+    assert projections({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, alpha) == []
 
 
 @pytest.mark.parametrize("mean", [0.1, 0.5, 0.9])
