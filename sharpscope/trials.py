@@ -36,7 +36,8 @@ class Trial:
     @property
     def key(self) -> str:
         """What determines the weights."""
-        return json.dumps([self.recipe.rules, asdict(self.sparse) if self.sparse else None])
+        # Cells of scans that made running statistics sparse as well are answers of other weights.
+        return json.dumps([self.recipe.rules, {**asdict(self.sparse), "of": "parameters"} if self.sparse else None])
 
     @property
     def facts(self) -> dict[str, Any]:

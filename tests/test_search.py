@@ -1,6 +1,7 @@
 """Recipes: against whole models put together, planted optima, and luck."""
 
 import copy
+import json
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.interval import accuracy_interval
 from sharpscope.stragglers.recipes import Candidate, Contest, recipe_key, with_recipe
 from sharpscope.stragglers.recommendation import halves, recommend
-from sharpscope.trials import projected, projections, ramps
+from sharpscope.trials import Sparse, projected, projections, ramps, sparse
 
 SETTINGS = {"ood": OOD, "alphas": 3, "measures": [], "interventions": False, "progress": False}
 
@@ -301,6 +302,12 @@ def test_where_only_running_statistics_moved_there_is_nothing_to_project():
     result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20), **{**SETTINGS, "ood": {"far": data}})
     assert result.recommend().alpha == 0.5
     assert {t["kind"] for t in result.meta["recipes"]["trials"]} == {"LiNeS", "sparsified", "shrunk"}
+
+
+def test_answers_of_a_layer_made_sparse_in_its_running_statistics_as_well_are_not_taken_up():
+    before = json.dumps([[["*", 0.5]], {"layer": "1", "p": 0.5, "rescale": False}])
+    assert sparse("1", 0.5)[0].sparse == Sparse("1", 0.5, rescale=False)
+    assert sparse("1", 0.5)[0].key != before
 
 
 class Apart(nn.Module):
