@@ -131,7 +131,8 @@ class _Bench:
     def _correct(self, weights: Tree, moved: Sequence[str]) -> np.ndarray:
         pairs = zip(self._forwards, self.batches, strict=True)
         found = joined([judged(forward(weights, moved), batch.targets) for forward, batch in pairs])
-        return found["correct"].astype(np.float64)
+        # The largest of NaN is class 0, which may be the right one.
+        return np.where(np.isfinite(found["loss"]), found["correct"], 0.0)
 
     def rise(self, layer: str, alpha: float, sigma: float, draws: int, seed: int) -> Interval:
         """Return the rise in error, in points, with the layer at alpha and noise of that size, averaged over draws."""

@@ -50,6 +50,22 @@ def test_one_weight_has_the_criticality_of_the_normal_law():
     assert row["converged"]
 
 
+class Root(Sign):
+    """Logits (root of w, 0): no numbers where w is negative."""
+
+    def forward(self, x):
+        return torch.cat([self.gate.weight.sqrt().expand(len(x), 1), torch.zeros_like(x)], dim=1)
+
+
+def test_logits_that_are_no_numbers_are_wrong():
+    """Of noise 2 with w = 1, Phi(-1 / 2) = 31 % of the draws make w negative; class 0 is right elsewhere."""
+    loader = DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4).long()), batch_size=4)
+    row = criticality(
+        Root(2.0).eval(), Root(1.0).eval(), loader, alphas=[1.0], sigmas=[2.0], draws=400, allowed=1.0
+    ).iloc[0]
+    assert row["rise"] == pytest.approx(100 * stats.norm.cdf(-0.5), abs=4 * 100 * (0.31 * 0.69 / 400) ** 0.5)
+
+
 def test_a_layer_that_did_not_move_is_uncritical_and_one_that_carries_the_answer_is_not():
     a = made("mlp")
     b = hybrid(fine_tuned(a, "mlp", step=0.4), a, sharpscope.layers(a).layers["3"])
