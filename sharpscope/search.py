@@ -40,7 +40,8 @@ class RecipeSearch:
     evaluations
         Most that are tried; each costs what the evaluation of one alpha does, a forward over all images.
     sparse
-        Layers that are made sparse instead, e.g. stragglers. Their running statistics stay those of the mix.
+        Layers that are made sparse instead, e.g. stragglers. Their running statistics stay those of the mix; the shrink
+        control is a recipe, as any, and takes them along.
 
     Notes
     -----
