@@ -70,7 +70,7 @@ def criticality(
     ``min over alpha, sigma of alpha^2 ||delta_l||^2 / sigma^2``, such that the mean error with only layer l at
     ``(1 - alpha) zero-shot + alpha fine-tuned + sigma N(0, 1)`` exceeds that of the fine-tuned model by at most
     ``allowed``. 0: the layer can go back to zero-shot and bear noise there. Infinite: not even the least noise is
-    borne at any alpha.
+    borne at any alpha. The layer's running statistics go with it, without noise, and count in no distance.
 
     Parameters
     ----------
@@ -131,17 +131,18 @@ class _Bench:
     def _correct(self, weights: Tree, moved: Sequence[str]) -> np.ndarray:
         pairs = zip(self._forwards, self.batches, strict=True)
         found = joined([judged(forward(weights, moved), batch.targets) for forward, batch in pairs])
-        return found["correct"].astype(np.float64)
+        # The largest of NaN is class 0, which may be the right one.
+        return np.where(np.isfinite(found["loss"]), found["correct"], 0.0)
 
     def rise(self, layer: str, alpha: float, sigma: float, draws: int, seed: int) -> Interval:
         """Return the rise in error, in points, with the layer at alpha and noise of that size, averaged over draws."""
-        names, path = self.job.layers.layers[layer], self.job.path
+        names, path = self.job.path_layers.layers[layer], self.job.path
         centre = {name: mix(path.start[name], path.end[name], alpha) for name in names}
-        gaps = []
+        parameters, gaps = select(centre, self.job.layers.layers[layer]), []
         for draw in range(draws):
-            noise = gaussian(centre, "criticality", seed, draw)
-            moved = {name: torch.add(tensor, noise[name], alpha=sigma) for name, tensor in centre.items()}
-            gaps.append(self.base - self._correct({**self.weights, **moved}, names))
+            noise = gaussian(parameters, "criticality", seed, draw)
+            noisy = {name: torch.add(tensor, noise[name], alpha=sigma) for name, tensor in parameters.items()}
+            gaps.append(self.base - self._correct({**self.weights, **centre, **noisy}, names))
         return mean_interval([np.mean(gaps, axis=0)], [100 * float(gap.mean()) for gap in gaps])
 
 

@@ -168,12 +168,22 @@ class Job:
                     ("zero_shot", "fine_tuned"), self.names, identity["weights"], self.sources, strict=True
                 )
             },
-            "partition": {layer: list(names) for layer, names in self.all_layers.layers.items()},
+            "partition": {layer: list(names) for layer, names in self._saved_layers.layers.items()},
             "provenance": self.provenance,
             "cost": {"seconds": round(seconds, 3), "processes": self.ranks.size, **dict(self.counts)},
             "warnings": self.warnings,
             "plan": identity,
         }
+
+    @property
+    def _saved_layers(self) -> Partition:
+        """The layers that a merge finds on disk: running statistics go with theirs, which a pattern may have named."""
+        passing = {
+            f"{place}.{name}".lstrip(".")
+            for place, sub in self.network.module.named_modules()
+            for name in sub._non_persistent_buffers_set
+        }
+        return self.path_layers.only(set(self.path_layers.names) - passing)
 
     def _split_facts(self) -> dict[str, Any]:
         facts = {}

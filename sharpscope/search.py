@@ -13,7 +13,6 @@ from sharpscope.errors import UsageError
 from sharpscope.evaluate import per_example
 from sharpscope.job import Job
 from sharpscope.journal import Journal
-from sharpscope.objective import check_finite
 from sharpscope.plan import Plan
 from sharpscope.recipe import Recipe
 from sharpscope.sparsity import sparsify
@@ -41,7 +40,12 @@ class RecipeSearch:
     evaluations
         Most that are tried; each costs what the evaluation of one alpha does, a forward over all images.
     sparse
-        Layers that are made sparse instead, e.g. stragglers.
+        Layers that are made sparse instead, e.g. stragglers. Their running statistics stay those of the mix; the shrink
+        control is a recipe, as any, and takes them along.
+
+    Notes
+    -----
+    A recipe whose loss is not finite on some set is set aside with a warning: no candidate, but one of those tried.
     """
 
     evaluations: int = 60
@@ -79,21 +83,33 @@ class Search:
         self._uniform = score({name: correct[self.alpha, name] for name in names}, self._target, self._first)
         # A layer that did not move changes nothing at any alpha.
         start, end = job.path.start, job.path.end
-        self._layers = {
-            layer: names
+        self._layers = [
+            layer
             for layer, names in job.path_layers.layers.items()
             if layer in job.layers.layers and any(not start[n].equal(end[n]) for n in names)
-        }
+        ]
         self.trials: dict[str, Trial] = {}
+        self._aside: dict[str, str] = {}  # key of a trial -> set on which its loss is not finite
 
     def _answers(self, key: str) -> np.ndarray:
         return self._journal[key].arrays["correct"]
 
     def cells(self) -> Iterator[Cell]:
-        """Yield the cells that are not in the journal yet, until nothing is left to try."""
-        if not self._layers:
-            return
-        for trial in [*ramps(self.alpha, list(self._layers)), *self._projections()]:
+        """Yield the cells that are not in the journal yet, until nothing is left to try; then warn of trials set aside.
+
+        A cell without answers is that of a trial whose loss is not finite.
+        """
+        if self._layers:
+            yield from self._all_cells()
+        if self._aside:
+            key, split = next(iter(self._aside.items()))
+            self._job.warnings.append(
+                f"recipes set aside, as their loss is not finite: {len(self._aside)} "
+                f"({self.trials[key].name}, on {split!r}, ...)"
+            )
+
+    def _all_cells(self) -> Iterator[Cell]:
+        for trial in [*ramps(self.alpha, self._layers), *self._projections()]:
             yield from self._tried(trial)
         changes: dict[str, float] = dict.fromkeys(self._layers, 0.0)
         if self.alpha != 0:
@@ -109,8 +125,9 @@ class Search:
         yield from self._coordinates(order)
 
     def meta(self) -> dict[str, Any]:
-        """Return the alpha to beat and all trials as JSON values."""
-        return {"alpha": self.alpha, "trials": [trial.facts for trial in self.trials.values()]}
+        """Return the alpha to beat and all trials that were not set aside as JSON values."""
+        kept = [trial.facts for key, trial in self.trials.items() if key not in self._aside]
+        return {"alpha": self.alpha, "trials": kept}
 
     def _coordinates(self, order: list[str]) -> Iterator[Cell]:
         """Try the alphas of one layer after the other, keeping the best so far, until a round changes nothing."""
@@ -126,7 +143,7 @@ class Search:
                     best, chosen = found, {**chosen, layer: alpha}
 
     def _tried(self, trial: Trial) -> Tried:
-        """Yield what is missing of a trial; return its score on the choosing half, -inf when none is left to try."""
+        """Yield what is missing of a trial; return its score on the choosing half, -inf where there is none."""
         if trial.key not in self.trials:
             if not self._left:
                 return -np.inf
@@ -140,9 +157,12 @@ class Search:
                 forward, ranks = self._job.network.forward, self._job.evaluators
                 batches = self._job.batches(split, ranks)
                 found = per_example(forward, weights, batches, self._job.columns(split), ranks)
-                check_finite(float(found["loss"].mean()), f"{trial.name} on {split.name!r}")
                 self._tick(f"{trial.name} · {split.name}")
-                yield Cell(key, (), {"correct": found["correct"]})
+                finite = np.isfinite(found["loss"]).all()
+                yield Cell(key, (), {"correct": found["correct"]} if finite else {})
+            if not self._journal[key].arrays:
+                self._aside[trial.key] = split.name
+                return -np.inf
         answers = {name: self._answers(recipe_key(name, trial.key)) for name in self._first}
         return score(answers, self._target, self._first)
 
@@ -150,15 +170,18 @@ class Search:
         job = self._job
         mixed = job.path.mixed(trial.recipe.alphas(job.path_layers.layers), job.path_layers)
         if trial.sparse:
-            names = job.path_layers.layers[trial.sparse.layer]
+            # Parameters only: a running variance that is dropped and rescaled may be negative.
+            names = job.layers.layers[trial.sparse.layer]
             start, here = select(job.path.start, names), select(mixed, names)
             mixed |= sparsify(start, here, trial.sparse.p, rescale=trial.sparse.rescale, seed=self._plan.seed)
         return {**job.constants, **mixed}
 
     def _projections(self) -> list[Trial]:
+        # Over parameters, as delta_norm: how far running statistics went is no distance between weights.
         start, delta = self._job.path.start, self._job.path.delta
-        distances = {layer: norm(select(delta, names)) for layer, names in self._layers.items()}
-        norms = {layer: norm(select(start, names)) for layer, names in self._layers.items()}
+        names = {layer: self._job.layers.layers[layer] for layer in self._layers}
+        distances = {layer: norm(select(delta, mine)) for layer, mine in names.items()}
+        norms = {layer: norm(select(start, mine)) for layer, mine in names.items()}
         return projections(distances, norms, self.alpha)
 
 

@@ -36,7 +36,8 @@ class Trial:
     @property
     def key(self) -> str:
         """What determines the weights."""
-        return json.dumps([self.recipe.rules, asdict(self.sparse) if self.sparse else None])
+        # Cells of scans that made running statistics sparse as well are answers of other weights.
+        return json.dumps([self.recipe.rules, {**asdict(self.sparse), "of": "parameters"} if self.sparse else None])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -64,10 +65,14 @@ def _by_layer(name: str, kind: str, alphas: Mapping[str, float], rest: float) ->
 
 
 def ramps(alpha: float, layers: list[str]) -> list[Trial]:
-    """Return LiNeS ramps over the layers that rise and fall about the alpha, gently and from end to end."""
-    reach = min(0.25, max(alpha, 0.0), max(1 - alpha, 0.0)) or 0.25
+    """Return LiNeS ramps over the layers that rise and fall about the alpha, gently and from end to end.
+
+    No layer leaves the path, or goes farther beyond it than the alpha does.
+    """
+    low, high = min(0.0, alpha), max(1.0, alpha)
+    reach = min(0.25, alpha - low, high - alpha) or 0.25
     ends = dict.fromkeys(
-        (min(max(first, 0.0), 1.0), min(max(last, 0.0), 1.0))
+        (min(max(first, low), high), min(max(last, low), high))
         for first, last in ((alpha - reach, alpha + reach), (alpha + reach, alpha - reach), (0.0, 1.0), (1.0, 0.0))
     )
     return [
@@ -86,8 +91,11 @@ def _ramp(first: float, last: float, count: int) -> list[float]:
 
 
 def projections(distances: Mapping[str, float], norms: Mapping[str, float], alpha: float) -> list[Trial]:
-    """Return two projections with this mean alpha: to one distance, and to one distance per norm at zero-shot."""
-    if alpha in (0.0, 1.0):
+    """Return two projections with this mean alpha: to one distance, and to one distance per norm at zero-shot.
+
+    None where nothing is shortened: at an end of the path or beyond, and where no layer went any distance.
+    """
+    if not 0 < alpha < 1 or not any(distances.values()):
         return []
     relative = {layer: found / (norms[layer] or 1.0) for layer, found in distances.items()}
     return [

@@ -1,5 +1,6 @@
 """Module criticality against a closed form, whole models put together, and layers known to be uncritical."""
 
+import copy
 import math
 
 import numpy as np
@@ -49,6 +50,22 @@ def test_one_weight_has_the_criticality_of_the_normal_law():
     assert row["converged"]
 
 
+class Root(Sign):
+    """Logits (root of w, 0): no numbers where w is negative."""
+
+    def forward(self, x):
+        return torch.cat([self.gate.weight.sqrt().expand(len(x), 1), torch.zeros_like(x)], dim=1)
+
+
+def test_logits_that_are_no_numbers_are_wrong():
+    """Of noise 2 with w = 1, Phi(-1 / 2) = 31 % of the draws make w negative; class 0 is right elsewhere."""
+    loader = DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4).long()), batch_size=4)
+    row = criticality(
+        Root(2.0).eval(), Root(1.0).eval(), loader, alphas=[1.0], sigmas=[2.0], draws=400, allowed=1.0
+    ).iloc[0]
+    assert row["rise"] == pytest.approx(100 * stats.norm.cdf(-0.5), abs=4 * 100 * (0.31 * 0.69 / 400) ** 0.5)
+
+
 def test_a_layer_that_did_not_move_is_uncritical_and_one_that_carries_the_answer_is_not():
     a = made("mlp")
     b = hybrid(fine_tuned(a, "mlp", step=0.4), a, sharpscope.layers(a).layers["3"])
@@ -78,6 +95,49 @@ def test_what_bears_no_noise_at_all_is_infinitely_critical_and_marked():
     assert math.isinf(found.loc["4", "criticality"])
     assert not found.loc["4", "converged"]
     assert np.isnan(found.loc["4", "sigma"])
+
+
+class Block(nn.Module):
+    """A linear layer and the norm behind it: one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.linear(x)))
+
+
+def rescaled(net, factor):
+    """Return the same function: linear weights times a factor, and running statistics that take it out again."""
+    other = copy.deepcopy(net)
+    linear, norm = other[0].linear, other[0].norm
+    with torch.no_grad():
+        linear.weight *= factor
+        linear.bias *= factor
+        norm.running_mean *= factor
+        norm.running_var.copy_(factor**2 * (norm.running_var + norm.eps) - norm.eps)
+    return other
+
+
+def loader_of(net, x):
+    with torch.no_grad():
+        return DataLoader(TensorDataset(x, net(x).argmax(1)), batch_size=100)
+
+
+def test_a_layer_goes_back_with_its_running_statistics_and_they_bear_no_noise():
+    torch.manual_seed(0)
+    a, x = nn.Sequential(Block(), nn.Linear(8, 3)).double().eval(), torch.randn(200, 6, dtype=torch.float64)
+    a[0].norm.running_var.fill_(0.1)
+    b = rescaled(a, 30.0)
+    torch.testing.assert_close(a(x), b(x))
+    found = criticality(a, b, loader_of(b, x), sigmas=[1e-6, 1e-3]).set_index("layer")
+    assert found.loc["0", ["criticality", "low", "high"]].eq(0).all()
+    assert found.loc["0", "converged"]
+    # Noise, here far above their size, would make half of the variances negative, and NaN of their roots.
+    small = rescaled(a, 0.01)
+    borne = criticality(a, small, loader_of(small, x), alphas=[1.0], sigmas=[1e-3], allowed=0.2).set_index("layer")
+    assert borne.loc["0", "rise"] <= 20
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import clips
 import numpy as np
@@ -14,6 +15,7 @@ from nets import Vit, images
 from safetensors.torch import load_file
 from saved import CLASSES, KINDS
 from saved import family as saved_family
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope as ss
@@ -21,12 +23,13 @@ import sharpscope.commands.report as report
 from sharpscope import config
 from sharpscope.config import FILE
 from sharpscope.errors import MismatchError, ModelError, UsageError
-from sharpscope.merging import merge_plan, read_weights
+from sharpscope.merging import merge_plan, read_weights, write_plan
 from sharpscope.models import load, load_pair
 from sharpscope.prediction import check_accuracy, predicted_accuracy, scanned_answers, wilson
 from sharpscope.recipe import CONVENTION, Recipe
 from sharpscope.recipe_file import read_recipe
 from sharpscope.result import ScanResult
+from sharpscope.search import RecipeSearch
 from sharpscope.stragglers.recipes import recipe_key
 
 
@@ -282,7 +285,7 @@ def modules(tmp_path):
 
 def test_modules_in_memory_are_merged_from_their_state_dicts_in_the_scans_layers(modules):
     result, data, root = modules
-    from sharpscope.merging import scanned_plan, write_plan
+    from sharpscope.merging import scanned_plan
 
     recipe = Recipe((("mixers", 0.0), ("blocks.1", 0.5), ("*", 1.0)))
     plan = scanned_plan(result.meta, recipe, zero_shot=root / "zs.pt", fine_tuned=root / "ft.pt")
@@ -298,6 +301,41 @@ def test_modules_in_memory_are_merged_from_their_state_dicts_in_the_scans_layers
     with torch.no_grad():
         correct = torch.cat([model(x).argmax(1) == y for x, y in data]).numpy()
     assert np.array_equal(correct, result.correct[advice.alpha, "id"])
+
+
+class Normed(nn.Sequential):
+    """A network with running statistics, and a buffer that is in no state dict."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        self[2].register_buffer("passing", torch.zeros(8), persistent=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*batch-norm statistics")
+def test_running_statistics_are_merged_with_the_layer_that_a_pattern_put_them_into(tmp_path):
+    torch.manual_seed(0)
+    ends = Normed().eval(), Normed().eval()
+    ends[1][2].running_mean.normal_()
+    ends[1][2].running_var.uniform_(0.1, 3)
+    for name, net in zip(("zs", "ft"), ends, strict=True):
+        torch.save(net.state_dict(), tmp_path / f"{name}.pt")
+    x, y = images(90, dtype=torch.float32)
+    data = DataLoader(TensorDataset(x, y), batch_size=90)
+    settings = {"alphas": 3, "measures": (), "patterns": {"early": r"^[12]\."}, "progress": False}
+    result = ss.scan(*ends, data, recipes=RecipeSearch(12), **settings)
+    plan_of = partial(merge_plan, read_weights(tmp_path / "zs.pt"), read_weights(tmp_path / "ft.pt"))
+    tried = [Recipe(tuple(map(tuple, t["rules"]))) for t in result.meta["recipes"]["trials"] if t["rules"]]
+    assert tried
+    for number, recipe in enumerate(tried):
+        write_plan(plan_of(recipe, scanned=result.meta["partition"]), tmp_path / f"{number}.pt")
+        merged = Normed().eval()
+        merged.load_state_dict(torch.load(tmp_path / f"{number}.pt", weights_only=True))
+        with torch.no_grad():
+            correct = (merged(x).argmax(1) == y).numpy()
+        assert np.array_equal(correct, scanned_answers(result, recipe)["id"]), recipe
+    ends[1][2].passing.fill_(1)
+    again = ss.scan(*ends, data, **settings)
+    assert again.meta["partition"] == result.meta["partition"]
 
 
 def test_modules_in_memory_need_their_files_and_the_right_ones(modules):

@@ -1,23 +1,28 @@
 """Recipes: against whole models put together, planted optima, and luck."""
 
 import copy
+import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from nets import images
 from scipy import stats
 from test_intervention import ID, OOD, hybrid, pair, problem
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.errors import UsageError
 from sharpscope.path import Path
 from sharpscope.recipe import Recipe
 from sharpscope.search import RecipeSearch
+from sharpscope.sparsity import sparsify
 from sharpscope.stragglers.interval import accuracy_interval
-from sharpscope.stragglers.recipes import Candidate, Contest, with_recipe
+from sharpscope.stragglers.recipes import Candidate, Contest, recipe_key, with_recipe
 from sharpscope.stragglers.recommendation import halves, recommend
-from sharpscope.trials import projected
+from sharpscope.trials import Sparse, projected, projections, ramps, sparse
 
 SETTINGS = {"ood": OOD, "alphas": 3, "measures": [], "interventions": False, "progress": False}
 
@@ -207,6 +212,30 @@ def test_models_that_are_the_same_leave_nothing_to_try():
     assert set(result.recipes["kind"]) == {"uniform"}
 
 
+@pytest.mark.parametrize(
+    ("alpha", "gentle"),
+    [
+        (0.0, (0, 0.25)),
+        (0.1, (0, 0.2)),
+        (0.5, (0.25, 0.75)),
+        (1.0, (0.75, 1)),
+        (1.5, (1.25, 1.5)),
+        (-0.3, (-0.3, -0.05)),
+    ],
+)
+def test_ramps_lie_about_the_best_alpha_also_where_it_is_beyond_an_end(alpha, gentle):
+    found = [[own for _, own in trial.recipe.rules[:-1]] for trial in ramps(alpha, ["a", "b", "c"])]
+    middle = sum(gentle) / 2
+    expected = [[gentle[0], middle, gentle[1]], [gentle[1], middle, gentle[0]], [0, 0.5, 1], [1, 0.5, 0]]
+    assert found == [pytest.approx(alphas) for alphas in expected]
+    assert all(len({first, last}) == 2 for first, _, last in found), "else an alpha for all under another name"
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.0, 1.0, 1.5])
+def test_at_an_end_of_the_path_and_beyond_nothing_is_projected(alpha):
+    assert projections({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, alpha) == []
+
+
 @pytest.mark.parametrize("mean", [0.1, 0.5, 0.9])
 def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_mean(mean):
     distances = {"a": 0.5, "b": 2.0, "c": 3.0, "d": 3.0}
@@ -215,6 +244,106 @@ def test_projection_shortens_the_farthest_layers_to_one_radius_with_the_given_me
     walked = [alphas[name] * far for name, far in distances.items() if alphas[name] < 1]
     assert max(walked) == pytest.approx(min(walked), rel=1e-4)
     assert all(distances[n] <= max(walked) + 1e-4 for n in distances if alphas[n] == 1)
+
+
+def between(a, b):
+    """Return the model half-way between two, and data on which it is always right."""
+    half, theirs, (x, _) = copy.deepcopy(a), b.state_dict(), images(300, 5)
+    half.load_state_dict({k: v + 0.5 * (theirs[k] - v) for k, v in a.state_dict().items()})
+    with torch.no_grad():
+        return half, DataLoader(TensorDataset(x, half(x).argmax(1)), batch_size=100)
+
+
+def trial_cells(result, kind):
+    """Return name and key of every trial of a kind."""
+    return {t["name"]: t["key"] for t in result.meta["recipes"]["trials"] if t["kind"] == kind}
+
+
+def test_a_layer_is_made_sparse_in_its_parameters_and_its_running_statistics_stay_those_of_the_mix():
+    a, b = pair("conv")
+    half, data = between(a, b)
+    settings = {**SETTINGS, "ood": {"far": data}}
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20, sparse=("1",)), **settings)
+    assert result.recommend().alpha == 0.5
+    cells, (x, y) = {cell.key: cell for cell in result.cells}, data.dataset.tensors
+    found = trial_cells(result, "sparsified")
+    assert len(found) == 4
+    for name, key in found.items():
+        net, p = copy.deepcopy(half), 0.5 if "50%" in name else 0.9
+        mine = ("1.weight", "1.bias")
+        start, here = ({n: net_.state_dict()[n] for n in mine} for net_ in (a, half))
+        net.load_state_dict({**half.state_dict(), **sparsify(start, here, p, rescale="rescaled" in name)})
+        with torch.no_grad():
+            right = (net(x).argmax(1) == y).numpy()
+        assert not right.all(), "the layer does something"
+        assert (cells[recipe_key("far", key)].arrays["correct"] == right).all(), name
+
+
+def test_projections_are_to_one_radius_of_the_parameters_whatever_running_statistics_did():
+    a, b = pair("conv")
+    _, data = between(a, b)
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20), **{**SETTINGS, "ood": {"far": data}})
+    found = [t for t in result.meta["recipes"]["trials"] if t["kind"] == "projection"]
+    facts = result.meta["layers"]
+    moved = {layer: known["delta_norm"] for layer, known in facts.items()}
+    shares = {layer: known["delta_norm"] / known["start_norm"] for layer, known in facts.items()}
+    for trial, distances in zip(found, (moved, shares), strict=True):
+        alphas = {layer: dict(map(tuple, trial["rules"]))[layer] for layer in facts}
+        radius = np.mean([alphas[n] * distances[n] for n in facts if alphas[n] < 1])
+        assert np.mean(list(alphas.values())) == pytest.approx(0.5, abs=1e-5)
+        assert alphas == pytest.approx({n: min(1, radius / distances[n]) for n in facts}, abs=1e-4), trial["name"]
+
+
+def test_where_only_running_statistics_moved_there_is_nothing_to_project():
+    a, _ = pair("conv")
+    b = copy.deepcopy(a)
+    b[1].running_mean.add_(3 * torch.randn(4))
+    _, data = between(a, b)
+    result = sharpscope.scan(a, b, data, recipes=RecipeSearch(20), **{**SETTINGS, "ood": {"far": data}})
+    assert result.recommend().alpha == 0.5
+    assert {t["kind"] for t in result.meta["recipes"]["trials"]} == {"LiNeS", "sparsified", "shrunk"}
+
+
+def test_answers_of_a_layer_made_sparse_in_its_running_statistics_as_well_are_not_taken_up():
+    before = json.dumps([[["*", 0.5]], {"layer": "1", "p": 0.5, "rescale": False}])
+    assert sparse("1", 0.5)[0].sparse == Sparse("1", 0.5, rescale=False)
+    assert sparse("1", 0.5)[0].key != before
+
+
+class Apart(nn.Module):
+    """Two layers that must not be at alphas more than half apart: beyond that the logits are NaN."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 3), nn.Linear(3, 3)
+        for layer in (self.one, self.two):
+            layer.place = nn.Parameter(torch.tensor(place))
+
+    def forward(self, x):
+        return self.two(self.one(x.flatten(1))) + (0.5001 - (self.one.place - self.two.place).abs()).log()
+
+
+def test_recipes_without_a_finite_loss_are_set_aside_with_a_warning_also_where_a_cut_scan_goes_on(tmp_path):
+    torch.manual_seed(0)
+    a, b = Apart(0.0).double().eval(), Apart(1.0).double().eval()
+    run = partial(sharpscope.scan, a, b, ID, recipes=RecipeSearch(30), **SETTINGS)
+    whole = run(out=tmp_path / "whole")
+    alpha, tried = whole.recommend().alpha, whole.meta["recipes"]["trials"]
+    alphas = [Recipe(tuple(map(tuple, t["rules"]))).alphas(["one", "two"]) for t in tried if t["rules"]]
+    assert alphas
+    assert all(abs(own["one"] - own["two"]) <= 0.5 for own in alphas)
+    (warning,) = (w for w in whole.meta["warnings"] if "set aside" in w)
+    lines = (tmp_path / "whole" / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    aside = [i for i, line in enumerate(lines) if b'"arrays": {}' in line]
+    assert f"not finite: {len(aside)} (LiNeS 0 to 1, on 'id', ...)" in warning
+    assert list(whole.recipes["recipe"][3:]) == [t["name"] for t in tried]
+    assert whole.recommend(per_layer=True).alpha == alpha
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "cells.jsonl").write_bytes(b"".join(lines[: aside[0] + 2]))
+    resumed = run(out=tmp_path / "cut")
+    assert (tmp_path / "cut" / "cells.jsonl").read_bytes() == b"".join(lines)
+    assert resumed.meta["warnings"] == whole.meta["warnings"]
+    assert resumed.recipes.equals(whole.recipes)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ def test_a_random_mask_of_the_delta_is_a_smaller_alpha_in_expectation(rescale, c
     assert float(z.std()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.1, 0.9, 0.99])
+def test_in_half_precision_the_same_entries_are_dropped_as_in_float32(dtype, p):
+    zeros, ones = torch.zeros(500, 1000), torch.ones(500, 1000)
+    wide, half = (sparsify({"w": zeros.to(kind)}, {"w": ones.to(kind)}, p)["w"] for kind in (torch.float32, dtype))
+    assert half.dtype == dtype
+    assert torch.equal(half.float(), wide)
+    assert float((wide == 0).double().mean()) == pytest.approx(p, abs=4 * (p * (1 - p) / 500_000) ** 0.5)
+
+
 def test_the_shrink_control_is_the_point_of_the_path():
     assert same(shrunk(START, HERE, 0.25), Path(START, HERE)(0.75))
 
