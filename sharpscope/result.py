@@ -161,7 +161,7 @@ class ScanResult:
             error,
             statistic=statistic,
             supported=supported(interventions),
-            unmoved=[name for name, facts in self.meta["layers"].items() if facts["delta_norm"] == 0],
+            unmoved=self._unmoved,
             samples=self._samples,
             error_draws=self._error_draws(error.index.tolist()),
             seed=abs(self.meta["seed"]),
@@ -198,7 +198,11 @@ class ScanResult:
     @cached_property
     def _interventions(self) -> pd.DataFrame:
         layers, settings = list(self.meta["layers"]), self.meta.get("interventions")
-        return effects.effects(self.cells, settings, layers, self.id_split, self.ood_splits)
+        return effects.effects(self.cells, settings, layers, self.id_split, self.ood_splits, self._unmoved)
+
+    @property
+    def _unmoved(self) -> list[str]:
+        return [name for name, facts in self.meta["layers"].items() if facts["delta_norm"] == 0]
 
     @property
     def cumulative(self) -> pd.DataFrame:

@@ -362,3 +362,18 @@ def test_a_move_that_overflows_is_named():
         b[1].weight.mul_(1e25)
     with pytest.raises(MeasurementError, match="fine-tuned, '2' moved to zero-shot on 'id'"):
         scanned(a, b, alphas=[0.0])
+
+
+def test_running_statistics_alone_support_nothing():
+    """No random move is as long as nothing: any effect would be beyond all of them."""
+    torch.manual_seed(0)
+    a = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    b = copy.deepcopy(a)
+    b[1].running_mean.add_(2 * torch.randn(8))
+    x = torch.randn(200, 6)
+    data = DataLoader(TensorDataset(x, b(x).argmax(1)), batch_size=50)
+    found = sharpscope.scan(a, b, data, alphas=2, measures=[], interventions=True, progress=False).interventions
+    rows = found[found["layer"] == "1"]
+    assert (rows["low"] * rows["high"] > 0).all()
+    assert (rows["draws"] >= 39).all()
+    assert not rows["supported"].any()

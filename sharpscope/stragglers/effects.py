@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ def effects(
     layers: Sequence[str],
     id_split: str,
     ood: Sequence[str],
+    unmoved: Collection[str] = (),
 ) -> pd.DataFrame:
     """Return one row per base, layer and set: what moving only this layer does to accuracy, in points.
 
@@ -62,7 +63,8 @@ def effects(
     as far as the real move on its side of zero. ``supported``: the effect's interval is off zero, and among the random
     moves the real one is in the outer 2.5 % on its side: ``(1 + as_far) / (1 + draws)`` is at most .025. A delta of
     pure noise is one direction more, and so is supported in 5 % of cases at most, whatever the distribution of the
-    random moves; fewer than 39 of them support nothing. Set ``"ood mean"`` weighs the OOD sets the same. All is per
+    random moves; fewer than 39 of them support nothing, nor does a layer of which only running statistics move, as
+    there is nothing random as long beside it. Set ``"ood mean"`` weighs the OOD sets the same. All is per
     row, not family-wise.
 
     Parameters
@@ -75,6 +77,8 @@ def effects(
         Layer ids in depth order.
     id_split, ood
         Names of the sets.
+    unmoved
+        Layers whose parameters are the same at both ends.
     """
     rows: list[dict[str, object]] = []
     for moves in _found(cells, settings) if settings else ():
@@ -83,7 +87,8 @@ def effects(
         for layer in layers:
             for name, splits in _places([id_split, *ood], ood):
                 rows.append({"layer": layer, **facts, "split": name, **_effect(moves, splits, layer)})
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    found = pd.DataFrame(rows, columns=list(COLUMNS))
+    return found.assign(supported=found["supported"].astype(bool) & ~found["layer"].isin(list(unmoved)))
 
 
 def cumulative_effects(
