@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sharpscope.commands.terminal import show
+from sharpscope.commands.terminal import show, tell
 from sharpscope.commands.weights import REF, Granular
 from sharpscope.errors import UsageError
 
@@ -121,7 +121,7 @@ def report(
 
     chosen = settings({name: value for name, value in given.items() if name not in NO_SETTINGS}, config)
     if dry_run:
-        typer.echo(plan_line(chosen, fresh=fresh, audit=audit))
+        tell(plan_line(chosen, fresh=fresh, audit=audit))
         return
     show(measure(chosen, fresh=fresh, progress=False if quiet else None, audit=audit), chosen.out)
 
@@ -131,11 +131,11 @@ def _again(folder: str, besides: list[str], audit: str | None) -> None:
     from sharpscope.report.page import write
     from sharpscope.result import open_result
 
+    result = open_result(folder)
     if besides:
         raise UsageError(
             f"report {folder} only draws what was measured; --{besides[0].replace('_', '-')} changes nothing in it",
             "leave out the folder to measure anew, or the flag to draw again",
         )
-    result = open_result(folder)
     write(result, folder, audit=audit)
     show(result, folder)

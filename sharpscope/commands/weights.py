@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sharpscope.commands.terminal import tell
+
 REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 Granular = Annotated[str | None, typer.Option(metavar="tower|block|part|tensor", help="What a layer is.")]
 
@@ -19,7 +21,7 @@ def layers(
     from sharpscope.models import load
     from sharpscope.partition import layers as partition
 
-    typer.echo(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
+    tell(repr(partition(load(model), granularity or "block")))  # type: ignore[arg-type]
 
 
 def convert(
@@ -34,7 +36,7 @@ def convert(
     from sharpscope.commands.convert import convert as written
 
     places = Path(source).expanduser(), Path(out).expanduser()
-    typer.echo(f"{written(*places, to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
+    tell(f"{written(*places, to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
 
 
 def merge(
@@ -82,11 +84,11 @@ def merge(
         classnames=classnames,
     )
     ready = prepared(request)
-    typer.echo(repr(ready.plan))
+    tell(repr(ready.plan))
     if dry_run:
         checked(ready, out, overwrite=overwrite)
         for note in ready.plan.notes:
-            typer.echo(f"note: {note}")
+            tell(f"note: {note}")
         return
     for line in merged(ready, out, overwrite=overwrite):
-        typer.echo(line)
+        tell(line)
