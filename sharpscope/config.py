@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from sharpscope.measures import DEFAULT
 from sharpscope.models.reference import absolute as absolute_model
 from sharpscope.partition import Granularity
 from sharpscope.sources import absolute
-from sharpscope.toml import read_toml, underscored
+from sharpscope.toml import read_toml, toml, underscored
 
 FILE = "config.resolved.toml"
 
@@ -181,10 +180,10 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     """
     plain = {name: value for name, value in _anywhere(chosen).model_dump().items() if value is not None}
     tables = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if name not in tables]
+    lines = [f"{name} = {toml(value)}" for name, value in plain.items() if name not in tables]
     lines += [f'{name} = "all"' for name in ("limit", "intervention_limit") if getattr(chosen, name) is None]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
+        lines += ["", f"[{name}]", *(f"{toml(key)} = {toml(value)}" for key, value in table.items())]
     path = Path(folder) / FILE
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -203,10 +202,3 @@ def _anywhere(chosen: Settings) -> Settings:
             **{name: str(Path(place).absolute()) for name, place in files.items()},
         }
     )
-
-
-def _toml(value: Any) -> str:
-    """Return a string, number, truth value or list in TOML, whose strings are those of JSON."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sharpscope.errors import UsageError
+from sharpscope.journal import replace_text
 from sharpscope.partition import GRANULARITIES, Granularity
 from sharpscope.recipe import CONVENTION, Recipe
-from sharpscope.toml import read_toml
+from sharpscope.toml import read_toml, toml
 
 NAME = "recipe.toml"
 _HEAD = "# An alpha per layer: the first rule whose pattern matches a layer's id wins; the last is '*'."
@@ -46,33 +46,26 @@ class RecipeFile:
 
     def text(self) -> str:
         """Return the TOML that :func:`read_recipe` reads back to an equal value."""
-        lines = [_HEAD, f"alpha_convention = {_toml(CONVENTION)}", f"granularity = {_toml(self.granularity)}"]
+        lines = [_HEAD, f"alpha_convention = {toml(CONVENTION)}", f"granularity = {toml(self.granularity)}"]
         lines += [
             "rules = [",
-            *(f"  [{_toml(pattern)}, {float(alpha)!r}]," for pattern, alpha in self.recipe.rules),
+            *(f"  [{toml(pattern)}, {float(alpha)!r}]," for pattern, alpha in self.recipe.rules),
             "]",
         ]
         if self.predicted:
             lines += ["", "[predicted]  # accuracy, %"]
             lines += [
-                f"{_toml(name)} = [{float(low)!r}, {float(high)!r}]" for name, (low, high) in self.predicted.items()
+                f"{toml(name)} = [{float(low)!r}, {float(high)!r}]" for name, (low, high) in self.predicted.items()
             ]
         if self.sources:
-            lines += ["", "[sources]", *(f"{_toml(name)} = {_toml(value)}" for name, value in self.sources.items())]
+            lines += ["", "[sources]", *(f"{toml(name)} = {toml(value)}" for name, value in self.sources.items())]
         return "\n".join(lines) + "\n"
 
 
-def _toml(text: str) -> str:
-    """Return a TOML string, which is one of JSON but for the delete character."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def write_recipe(stored: RecipeFile, path: str | Path) -> Path:
-    """Write the recipe, beside first and then renamed; return its path."""
-    target = Path(path)
-    beside = target.with_name(target.name + ".part")
-    beside.write_text(stored.text(), encoding="utf-8")
-    return beside.replace(target)
+    """Write the recipe, whole or not at all; return its path."""
+    replace_text(Path(path), stored.text())
+    return Path(path)
 
 
 def read_recipe(path: str | Path) -> RecipeFile:

@@ -1,7 +1,8 @@
-"""TOML files that people write: rules, configurations, recipes. Needs no torch."""
+"""TOML files that people read and write: rules, configurations, recipes. Needs no torch."""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,13 @@ def read_toml(path: Path, what: str, fix: str | None = None) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no TOML: {error}", fix) from error
+
+
+def toml(value: Any) -> str:
+    """Return a string, number, truth value or list in TOML, whose strings are those of JSON but for one character."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def underscored(table: Mapping[str, Any], where: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sharpscope.journal import replace_text
 from sharpscope.optim.activity import Audit, read_audit
 from sharpscope.report.drawing import inlined, svg
 from sharpscope.report.exhibits import ABOUT, SECTIONS, Exhibit, exhibits
@@ -68,9 +69,11 @@ def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = 
     drawn = [(exhibit, None if exhibit.figure is None else svg(exhibit.figure)) for exhibit in found]
     for exhibit, document in drawn:
         if document is not None:
-            _replace(place / "figures" / f"{exhibit.name}.svg", document)
+            replace_text(place / "figures" / f"{exhibit.name}.svg", document)
     _remove_stale(place / "figures", {exhibit.name for exhibit, document in drawn if document is not None})
-    return _replace(place / "index.html", _page(result, drawn, read_gate(place / CHECK)))
+    page = place / "index.html"
+    replace_text(page, _page(result, drawn, read_gate(place / CHECK)))
+    return page
 
 
 def remove(folder: str | Path) -> None:
@@ -148,9 +151,3 @@ def _asset(name: str) -> str:
 @cache
 def _environment() -> Environment:
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
-def _replace(path: Path, text: str) -> Path:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(path)
