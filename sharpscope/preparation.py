@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpscope.agreement import check_same_forward
 from sharpscope.batches import check_taken
 from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
-from sharpscope.curvature.recorded import shortened
 from sharpscope.data import Split
 from sharpscope.device import own_device
-from sharpscope.errors import MismatchError, ModelError, UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.evaluate import class_count
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
@@ -29,14 +28,12 @@ from sharpscope.pairs import differentiated
 from sharpscope.partition import Partition, batch_norms, container_names, partition
 from sharpscope.path import Path
 from sharpscope.plan import Plan, path_notes
-from sharpscope.precision import matmul_precision
 from sharpscope.ranks import ALONE, Parallel, Ranks, mesh_over
 from sharpscope.sharding import is_shard, local, shard_of
 from sharpscope.soundness import check_derivatives
 from sharpscope.tree import Tree, check_same_structure, select
 
 MEANS = ("mean OOD", "ood mean")  # names of means over sets, in the page and in tables
-_SAME = 1e-3  # of the largest output: rounding of forwards that are written in different ways
 ROLES = ("the zero-shot model", "the fine-tuned model")
 
 
@@ -180,7 +177,7 @@ def prepare(
     layers, example = _touched(objective, net, {**constants, **path.start}, everything, labelled, plan)
     notes += _untouched(path, everything, layers)
     if parallel != "weights":
-        notes += _same_forward(objective, networks, constants, path)
+        notes += check_same_forward(objective, networks, constants, path)
     objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
     if objective.pieces > 1:
         notes.append(f"batches are computed in {objective.pieces} pieces to stay within memory")
@@ -264,40 +261,3 @@ def _untouched(path: Path, everything: Partition, touched: Partition) -> list[st
     ]
     told = f"the outputs do not depend on {len(moved)} of the layers that differ between the models"
     return [f"{told} ({moved[0]}{', ...' if moved[1:] else ''}): nothing is measured there"] if moved else []
-
-
-def _same_forward(objective: Objective, networks: tuple[Network, Network], constants: Tree, path: Path) -> list[str]:
-    """Raise unless the fine-tuned model computes what the zero-shot model does with its weights; return notes.
-
-    Buffers of integers, attributes and code are not on the path: what differs in them would be the zero-shot model's at
-    every alpha. In full float32: TF32 rounds forwards apart that are written in different ways. Cost: two forwards.
-    """
-    inputs = objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0].inputs
-    place = next(iter(path.start.values())).device
-    own = _moved({name: buffer for name, buffer in networks[1].buffers.items() if name in constants}, place)
-    with torch.no_grad(), matmul_precision("highest"):
-        ours = objective.outputs({**constants, **path.end}, inputs)
-        try:
-            theirs = replace(objective, forward=networks[1].forward).outputs({**own, **path.end}, inputs)
-        except RuntimeError as refusal:  # as where a tensor that is no buffer lies on another device
-            return [
-                f"the fine-tuned model's own forward was not compared with the zero-shot model's: {shortened(refusal)}"
-            ]
-    size = float(ours.abs().max())
-    gap = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else math.inf
-    if gap > _SAME * size:
-        differing = _off_the_path(path, *(net.module.state_dict() for net in networks))
-        told = f"{differing[0]!r} differs and is no floating-point tensor" if differing else "code or attributes differ"
-        raise MismatchError(
-            f"the zero-shot model with the fine-tuned weights gives other outputs than the fine-tuned model, by "
-            f"{gap:.3g} of {size:.3g} ({told}): alpha 1 would not be that model",
-            "two models that differ in floating-point weights alone",
-        )
-    return []
-
-
-def _off_the_path(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the names of tensors that differ between the models and are not on the path."""
-    both = [(name, ours.get(name), theirs[name]) for name in theirs if name not in path.start]
-    tensors = [(name, a, b) for name, a, b in both if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return [name for name, a, b in tensors if not torch.equal(a.cpu(), b.cpu())]

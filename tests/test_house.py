@@ -25,7 +25,7 @@ ROOMS = [
     ["gathering"],
     ["replay"],
     ["apgd", "curvature"],
-    ["perturbation", "evaluate", "budget", "soundness"],
+    ["perturbation", "evaluate", "budget", "soundness", "agreement"],
     ["measures", "memory"],
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "items", "sources", "finetune", "merging"],

@@ -16,7 +16,7 @@ BREAKAGES = {
         "test_scan_inputs.py::test_submodules_with_two_names_get_their_tensors_back",
     ),
     "the ends' forwards may differ": (
-        "preparation.py", "if gap > _SAME * size:", "if False:",
+        "agreement.py", "if gap > _SAME * size:", "if False:",
         "test_scan_inputs.py::test_ends_that_differ_in_more_than_weights_are_refused[ends2-code or attributes differ]",
     ),
     "a small last group scatters like a whole one": (

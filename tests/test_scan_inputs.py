@@ -363,7 +363,7 @@ def test_the_only_matrix_at_the_head_of_a_tuple_is_the_logits():
 
 def test_layers_that_differ_and_do_not_touch_the_outputs_are_warned_of():
     def warned(first, second):
-        return ss.scan(first.eval(), second.eval(), loader(), alphas=[0], measures=["trace"], progress=False).meta
+        return ss.scan(first.eval(), second.eval(), loader(), alphas=2, measures=["trace"], progress=False).meta
 
     meta = warned(Several("headless"), Several("headless", 1))
     assert meta["unused"] == ["head"]
