@@ -34,7 +34,7 @@ from towers import SIZES, train
 
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 PLACES = ("out", "work", "worker", "profile")
 SCHEDULE = ("processes", "modes", "most_seconds", "at_once")

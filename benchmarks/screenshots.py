@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from sharpscope.report.page import write
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 SIZES = {1400: 2600, 400: 2600}
 HEAD = (1200, 810)  # for the README: the verdict and its table

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sharpscope.partition import layers
     from sharpscope.recipe import Recipe
     from sharpscope.result import ScanResult
-    from sharpscope.result import open_result as open
+    from sharpscope.saved import open_result as open
     from sharpscope.scanner import scan
     from sharpscope.sources import images
     from sharpscope.stragglers.cohort import across_models
@@ -44,7 +44,7 @@ _HOMES = {
     "layers": ("sharpscope.partition", "layers"),
     "load": ("sharpscope.models", "load"),
     "merge": ("sharpscope.merging", "merge"),
-    "open": ("sharpscope.result", "open_result"),
+    "open": ("sharpscope.saved", "open_result"),
     "scan": ("sharpscope.scanner", "scan"),
     "verify": ("sharpscope.crosscheck", "verify"),
 }

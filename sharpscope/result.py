@@ -1,4 +1,4 @@
-"""A finished scan: frames, verdict, plots, save and open. Needs no torch."""
+"""A finished scan: frames, verdict, plots. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sharpscope import journal
-from sharpscope.errors import OutputError, UsageError
-from sharpscope.journal import replace_text as _replace
-from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
+from sharpscope.errors import UsageError
 from sharpscope.stragglers import barrier, effects
 from sharpscope.stragglers.association import Statistic
 from sharpscope.stragglers.correlation import BOOTSTRAPS, Samples, co_movement, ood_error, with_distance
@@ -25,7 +22,7 @@ from sharpscope.stragglers.recipes import Contest, candidates, with_recipe
 from sharpscope.stragglers.recommendation import Recommendation, recommend
 from sharpscope.stragglers.resampling import error_draws
 from sharpscope.stragglers.wording import supported
-from sharpscope.table import EVALUATIONS, Array, Cell, cell_key, frame
+from sharpscope.table import EVALUATIONS, Array, Cell, frame
 
 if TYPE_CHECKING:
     import xarray
@@ -282,24 +279,9 @@ class ScanResult:
         OutputError
             If there is a file in the folder's place.
         """
-        out = Path(folder)
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
-        tables = {name: getattr(self, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
-        out.mkdir(parents=True, exist_ok=True)
-        if meta_in(out).get("plan") not in (None, self.meta["plan"]):
-            remove_page(out)
-        (out / "scan.json").unlink(missing_ok=True)
-        header = json.dumps({"format": journal.FORMAT, "plan": self.meta["plan"]})
-        lines = [header, *map(journal.encode, self.cells)]
-        _replace(out / "cells.jsonl", "\n".join(lines) + "\n")
-        for name, text in tables.items():
-            _replace(out / f"{name}.csv", text)
-        arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in self.correct.items()}
-        np.savez_compressed(out / "correct.part.npz", **arrays)
-        (out / "correct.part.npz").replace(out / "correct.npz")
-        _replace(out / "scan.json", json.dumps(self.meta, indent=1))
-        return out
+        from sharpscope.saved import save
+
+        return save(self, Path(folder))
 
     def __repr__(self) -> str:
         from sharpscope.summary import as_text
@@ -312,47 +294,7 @@ class ScanResult:
         return as_html(self)
 
 
-_AGAIN = "run the same scan again: it resumes, and writes its result anew"
-
-
-def open_result(folder: str | Path) -> ScanResult:
-    """Return the result that :meth:`ScanResult.save` or ``scan(out=...)`` left in the folder; equal to the one saved.
-
-    Raises
-    ------
-    UsageError
-        If the folder holds no finished scan, or parts of two.
-    """
-    place = Path(folder)
-    if not (place / "scan.json").is_file():
-        unfinished = (place / "cells.jsonl").is_file()
-        found = "a scan that has not finished" if unfinished else "no scan"
-        fix = _AGAIN if unfinished else "name the folder given as --out (out=)"
-        raise UsageError(f"{place} holds {found} (scan.json is missing)", fix)
-    if not (place / "cells.jsonl").is_file():
-        raise UsageError(f"{place} holds half a scan (cells.jsonl is missing)", _AGAIN)
-    try:
-        meta = read_meta(place / "scan.json")
-    except ValueError as damage:
-        raise UsageError(f"{place / 'scan.json'} is damaged: {damage}", _AGAIN) from damage
-    header, cells, _ = journal.read(place / "cells.jsonl")
-    if header["plan"] != meta["plan"]:
-        raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
-    if missing := _evaluations(meta) - {cell.key for cell in cells}:
-        raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
-    try:
-        return ScanResult(cells, meta)
-    except ValueError as damage:
-        raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
-
-
 def check_opened(given: Any) -> None:
     """Raise for a folder's name in place of its result; commands take folders, functions do not."""
     if isinstance(given, str | Path):
         raise UsageError(f"{str(given)!r} is a {type(given).__name__}, no result of a scan", "sharpscope.open(FOLDER)")
-
-
-def _evaluations(meta: Mapping[str, Any]) -> set[str]:
-    """Return the keys of the cells without which no scan is finished."""
-    judged = [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]
-    return {cell_key(alpha, split, "evaluation") for alpha in meta["alphas"] for split in judged}

@@ -16,7 +16,7 @@ import sharpscope
 from sharpscope.cli import app
 from sharpscope.config import settings
 from sharpscope.errors import DataError, UsageError
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 
 def archive(root, members):

@@ -22,7 +22,7 @@ from sharpscope._version import __version__
 from sharpscope.commands import scans
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.measures import measures_from
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 REPORT_FILES = {
     "index.html",

@@ -35,7 +35,7 @@ ROOMS = [
     ["preparation"],
     ["backoff", "apart"],
     ["moves", "trials", "intervention", "search"],
-    ["report", "summary", "leftovers", "result"],
+    ["report", "summary", "leftovers", "result", "saved"],
     ["detectors", "adapters", "prediction", "comparison"],
     ["measurement"],
     ["scanner"],

@@ -10,7 +10,8 @@ from planted import ALPHAS, STRAGGLER, planted
 from scipy import stats
 
 from sharpscope.errors import UsageError
-from sharpscope.result import ScanResult, open_result
+from sharpscope.result import ScanResult
+from sharpscope.saved import open_result
 from sharpscope.stragglers.association import association
 from sharpscope.stragglers.correlation import COLUMNS, NUMBERS, co_movement, ood_error
 from sharpscope.stragglers.resampling import curve_draws, error_draws

@@ -9,7 +9,7 @@ from sharpscope.commands.documents import write_documents
 from sharpscope.detectors import GateResult, check
 from sharpscope.detectors.documents import as_json, junit, markdown
 from sharpscope.leftovers import own_files
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 DOCUMENTS = {"junit": junit, "json": as_json, "md": markdown}
 

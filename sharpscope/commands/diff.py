@@ -12,7 +12,7 @@ from sharpscope.commands.documents import write_documents
 from sharpscope.comparison import Comparison
 from sharpscope.comparison import diff as comparison
 from sharpscope.leftovers import own_files
-from sharpscope.result import open_result
+from sharpscope.saved import open_result
 
 SHOWN = 12  # rows of a table; the JSON has all
 _WIDE = 40  # characters of a value

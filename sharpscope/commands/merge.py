@@ -22,7 +22,8 @@ from sharpscope.network import network
 from sharpscope.prediction import Check, check_accuracy, predicted_accuracy, scanned_answers
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import Interval, RecipeFile, read_recipe
-from sharpscope.result import ScanResult, open_result
+from sharpscope.result import ScanResult
+from sharpscope.saved import open_result
 from sharpscope.sources import is_folder
 from sharpscope.table import Array
 

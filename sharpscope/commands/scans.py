@@ -129,7 +129,7 @@ def report(
 def _again(folder: str, besides: list[str], audit: str | None) -> None:
     """Write the page of a saved scan; needs neither a model nor torch."""
     from sharpscope.report.page import write
-    from sharpscope.result import open_result
+    from sharpscope.saved import open_result
 
     result = open_result(folder)
     if besides:

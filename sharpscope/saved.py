@@ -1,0 +1,77 @@
+"""Results of scans on disk: what is written, and opened again only where it is whole. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharpscope import journal
+from sharpscope.errors import OutputError, UsageError
+from sharpscope.journal import replace_text
+from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
+from sharpscope.result import ScanResult
+from sharpscope.table import cell_key
+
+_AGAIN = "run the same scan again: it resumes, and writes its result anew"
+
+
+def save(result: ScanResult, out: Path) -> Path:
+    """Write the result to the folder, see :meth:`ScanResult.save`."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
+    tables = {name: getattr(result, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
+    out.mkdir(parents=True, exist_ok=True)
+    if meta_in(out).get("plan") not in (None, result.meta["plan"]):
+        remove_page(out)
+    (out / "scan.json").unlink(missing_ok=True)
+    header = json.dumps({"format": journal.FORMAT, "plan": result.meta["plan"]})
+    lines = [header, *map(journal.encode, result.cells)]
+    replace_text(out / "cells.jsonl", "\n".join(lines) + "\n")
+    for name, text in tables.items():
+        replace_text(out / f"{name}.csv", text)
+    arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in result.correct.items()}
+    np.savez_compressed(out / "correct.part.npz", **arrays)
+    (out / "correct.part.npz").replace(out / "correct.npz")
+    replace_text(out / "scan.json", json.dumps(result.meta, indent=1))
+    return out
+
+
+def open_result(folder: str | Path) -> ScanResult:
+    """Return the result that :meth:`ScanResult.save` or ``scan(out=...)`` left in the folder; equal to the one saved.
+
+    Raises
+    ------
+    UsageError
+        If the folder holds no finished scan, or parts of two.
+    """
+    place = Path(folder)
+    if not (place / "scan.json").is_file():
+        unfinished = (place / "cells.jsonl").is_file()
+        found = "a scan that has not finished" if unfinished else "no scan"
+        fix = _AGAIN if unfinished else "name the folder given as --out (out=)"
+        raise UsageError(f"{place} holds {found} (scan.json is missing)", fix)
+    if not (place / "cells.jsonl").is_file():
+        raise UsageError(f"{place} holds half a scan (cells.jsonl is missing)", _AGAIN)
+    try:
+        meta = read_meta(place / "scan.json")
+    except ValueError as damage:
+        raise UsageError(f"{place / 'scan.json'} is damaged: {damage}", _AGAIN) from damage
+    header, cells, _ = journal.read(place / "cells.jsonl")
+    if header["plan"] != meta["plan"]:
+        raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
+    if missing := _evaluations(meta) - {cell.key for cell in cells}:
+        raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
+    try:
+        return ScanResult(cells, meta)
+    except ValueError as damage:
+        raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
+
+
+def _evaluations(meta: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the cells without which no scan is finished."""
+    judged = [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]
+    return {cell_key(alpha, split, "evaluation") for alpha in meta["alphas"] for split in judged}
