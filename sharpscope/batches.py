@@ -17,6 +17,7 @@ IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "cls")
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt")
 _FORM = f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}"
+_FLAGS = (bool, int, float, str, type(None))  # of a batch: settings of the forward or nothing, no inputs
 _PACKED = "several inputs packed into one tensor, which the forward of a wrapper around the model takes apart"
 
 
@@ -53,12 +54,14 @@ def unread(item: Any) -> frozenset[str]:
     if not isinstance(given, Mapping):
         return frozenset()
     read = {_image_key(given), *LABEL_KEYS}
-    return frozenset(key for key, value in given.items() if key not in read and value is not None)
+    return frozenset(key for key, value in given.items() if key not in read and not isinstance(value, _FLAGS))
 
 
 def check_taken(keys: frozenset[str], module: nn.Module, name: str) -> None:
     """Raise if the model's forward takes what is not read: without it, it is another function."""
-    if lost := sorted(keys & inspect.signature(module.forward).parameters.keys()):
+    known = inspect.signature(module.forward).parameters.values()
+    taken = {taker.name for taker in known if taker.kind not in (taker.VAR_POSITIONAL, taker.VAR_KEYWORD)}
+    if lost := sorted(keys & taken):
         raise DataError(
             f"{name!r} gives {', '.join(map(repr, lost))} beside the images; the model's forward takes that, and is "
             "given one tensor",

@@ -21,15 +21,17 @@ BOOTSTRAPS = 100
 
 
 @torch.no_grad()
-def class_count(objective: Objective, weights: Tree, inputs: Tensor, role: str, name: str) -> int:
-    """Return how many classes the model tells apart. Cost: a forward of an example.
+def class_count(
+    objective: Objective, weights: Tree, inputs: Tensor, role: str, name: str, examples: int | None = 1
+) -> int:
+    """Return how many classes the model tells apart. Cost: a forward of so many examples; None: of all.
 
     Raises
     ------
     ModelError
         If it cannot take the data.
     """
-    example = inputs[:1].to(next(iter(weights.values())).device)
+    example = inputs[:examples].to(next(iter(weights.values())).device)
     try:
         return objective.outputs(weights, example).shape[1]
     except (RuntimeError, ValueError, IndexError) as refusal:

@@ -77,11 +77,12 @@ def logits(outputs: Any) -> Tensor:
     """Return the tensor of a model's output: itself, its ``.logits``, or its first member, the only matrix."""
     found = getattr(outputs, "logits", outputs)
     if isinstance(found, tuple | list) and found:
-        if len(shapes := [tuple(member.shape) for member in found if _is_matrix(member)]) > 1:
+        shapes = [tuple(member.shape) for member in found if _is_matrix(member)]
+        if len(set(shapes)) > 1:  # of equal ones the first is what is meant, beside heads for a teacher
             raise ModelError(
                 f"the model returned a {type(found).__name__} with {len(shapes)} matrices, of shapes "
                 f"{', '.join(map(str, shapes))}: which of them are the logits is not known",
-                "a wrapper around it whose forward returns the logits alone",
+                "a wrapper around it whose forward returns the logits alone; return_dict=True of transformers",
             )
         found = found[0]
     if not _is_matrix(found):

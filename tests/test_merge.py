@@ -104,6 +104,7 @@ def test_layers_at_0_and_1_in_one_recipe_have_the_bytes_of_either_source(tmp_pat
         assert torch.equal(tensor, (start if name.startswith("blocks") else end)[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:alpha .* lies beyond the two models")
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.7, -0.5, 1.5])
 def test_a_uniform_recipe_is_the_path_bit_for_bit(checkpoints, tmp_path, alpha):
     from sharpscope.path import Path as WeightPath

@@ -325,7 +325,7 @@ X, Y = batches()[0]
     ("model", "found", "said"),
     [
         (network, (X, Y + 1), r"'batches' has labels 1\.\.3, the model has 3 outputs"),
-        (network, (X[:, :4], Y), r"the model fails on inputs of 'batches' of shape \(1, 4\) torch.float32: "),
+        (network, (X[:, :4], Y), r"the model fails on inputs of 'batches' of shape \(4, 4\) torch.float32: "),
         (Masked, {"image": X, "mask": X, "label": Y}, "'batches' gives 'mask' beside the images"),
     ],
 )
@@ -338,6 +338,20 @@ def test_batches_that_cannot_be_measured_on_are_refused_before_the_first_step(tm
         pytest.fail("the training has begun")
     assert not (tmp_path / "spd.jsonl").exists()
     assert net.training
+
+
+class Whole(nn.Linear):
+    """Takes batches of four only, as where a forward knows its batch."""
+
+    def forward(self, x):
+        return super().forward(x.view(4, 5))
+
+
+def test_ignored_labels_and_a_forward_that_knows_its_batch_are_measured_on():
+    data = [(torch.randn(4, 5), torch.tensor([0, -100, 2, 1]))]
+    probe, net = SharpnessProbe(data, quick), Whole(5, 3)
+    probe.check(net)
+    assert probe(net, layers(net))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -190,7 +190,7 @@ def test_real_data_sets_are_drawn_from_mapped_and_selected(library, pets):
 
 
 def test_a_real_data_set_given_as_a_loader_names_the_way(pets):
-    with pytest.raises(DataError, match=r"batch 0 of 'id' is a mapping with keys \['id', 'img', 'label'\], without"):
+    with pytest.raises(DataError, match=r"batch 0 of 'id' is of keys \['id', 'img', 'label'\], no image"):
         sharpscope.Split(pets, "id")
     with pytest.raises(DataError, match=r"images of type .*make no tensor\n  fix: .*sharpscope.images"):
         sharpscope.Split(pets.rename_column("img", "image"), "id")

@@ -62,14 +62,20 @@ class Masked(nn.Module):
         super().__init__()
         self.linear = nn.Linear(8, 3)
 
-    def forward(self, pixel_values, pixel_mask=None):
+    def forward(self, pixel_values, pixel_mask=None, train=False):
         return self.linear(pixel_values if pixel_mask is None else pixel_values * pixel_mask)
 
 
 @pytest.mark.parametrize("form", ["mapping", "pair"])
 def test_a_mask_that_the_forward_takes_is_not_left_out_silently(form):
     x, y = next(iter(loader()))
-    inputs = {"pixel_values": x, "pixel_mask": torch.zeros_like(x), "path": ["?"] * len(x), "head_mask": None}
+    inputs = {
+        "pixel_values": x,
+        "pixel_mask": torch.zeros_like(x),
+        "path": ["?"] * len(x),
+        "head_mask": None,
+        "train": False,
+    }
     data = [{**inputs, "labels": y} if form == "mapping" else (inputs, y)]
     net = Masked().eval()
     calls = (
@@ -341,8 +347,18 @@ class Several(nn.Module):
         return {
             "states": lambda: (self.head(features), features[:, None], None, x.long()),  # as transformers' tuples
             "features": lambda: (features, self.head(features)),
+            "teacher": lambda: (self.head(features), self.head(features) + 1),  # as of distilled ones in evaluation
             "headless": lambda: features,
         }[self.kind]()
+
+
+def test_of_logits_of_one_shape_the_first_are_judged():
+    ends = [Several("teacher", seed).eval() for seed in (0, 1)]
+    (x, y) = loader().dataset.tensors
+    found = ss.scan(*ends, loader(), alphas=2, measures=[], progress=False).evals.query(
+        "measure == 'loss' and alpha == 1"
+    )
+    assert found["value"].item() == pytest.approx(cross_entropy(ends[1](x)[0], y).item(), rel=1e-6)
 
 
 def test_a_tuple_with_features_beside_the_logits_is_refused():

@@ -164,3 +164,56 @@ def test_doctor_fails_a_device_without_second_derivatives_and_goes_on(monkeypatc
     (found,) = [check for check in doctor.examine() if check.name == "second derivatives on cpu"]
     assert found.passed is False
     assert "cannot be differentiated twice" in found.found
+
+
+class Angles(nn.Module):
+    """Cosines of features with those of classes, as a CLIP's."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classes = nn.Sequential(nn.Linear(8, 12), nn.Tanh()), nn.Parameter(torch.randn(3, 12))
+
+    def forward(self, x):
+        return nn.functional.normalize(self.body(x), dim=1) @ nn.functional.normalize(self.classes, dim=1).T
+
+
+def sharp(z, y):
+    return nn.functional.cross_entropy(300 * z, y, reduction="sum")
+
+
+class Called(nn.Sequential):
+    def __call__(self, x):
+        return self.forward(x)
+
+
+class Factored(nn.Module):
+    """A factor of a matrix that is positive definite at both ends, and not when its entries are moved at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 3)
+        self.square = nn.Parameter(torch.eye(8) + 0.995 * (1 - torch.eye(8)))
+
+    def forward(self, x):
+        return self.last(x @ torch.linalg.cholesky(self.square))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (Angles, {"loss": sharp}),
+        (lambda: Called(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)), {}),
+        (Factored, {}),
+    ],
+    ids=["a loss with a temperature", "a call of its own", "a matrix that must be positive"],
+)
+def test_sound_models_of_other_kinds_are_scanned(make, settings):
+    models = ends(make)
+    if make is Factored:
+        models[1].square.data.copy_(models[0].square)
+    if make is Angles:
+        (x, _) = loader().dataset.tensors
+        settings["loader"] = DataLoader(TensorDataset(x, models[0](x).argmax(1)), batch_size=8)
+    data = settings.pop("loader", None)
+    found = scan(models, *([data] if data else []), **settings)
+    assert not found.layers.empty

@@ -25,6 +25,7 @@ from sharpscope.tree import Tree
 
 Measure = Callable[[Point, Partition, int], Estimates]
 FEW = Trace(relative=0.2, absolute=0.02, most=16)  # a look in passing: a tenth of what a scan spends
+IGNORED = -100  # a label that torch's cross-entropy leaves out
 _NAME = "batches"  # as messages call them
 
 
@@ -87,7 +88,7 @@ class SharpnessProbe:
         self._seed = seed
 
     def check(self, module: nn.Module) -> None:
-        """Raise what :meth:`__call__` would, before a training rather than in it. Cost: an example of each batch.
+        """Raise what :meth:`__call__` would, before a training rather than in it. Cost: a forward of each batch.
 
         Raises
         ------
@@ -97,7 +98,8 @@ class SharpnessProbe:
         check_taken(self._unread, module, _NAME)
         with self._measured(module) as (objective, weights):
             for batch in objective.batches:
-                check_range(batch.targets, class_count(objective, weights, batch.inputs, "the model", _NAME), _NAME)
+                classes = class_count(objective, weights, batch.inputs, "the model", _NAME, None)
+                check_range(batch.targets[batch.targets != IGNORED], classes, _NAME)
 
     def __call__(self, module: nn.Module, layers: Partition) -> list[tuple[str, Estimate]]:
         """Return an estimate per layer, of the module's present weights in float32, dropout off.
