@@ -47,6 +47,12 @@ _INSIDE: Mapping[str, Mapping[str, Kind]] = {
 }
 
 
+_WHERE_RUN: Mapping[str, Mapping[str, Kind]] = {
+    "recipes": {"trials": list, "alpha": _NUMBER},
+    "interventions": {"bases": list},
+}
+
+
 def own_files(folder: str | Path) -> list[Path]:
     """Return where a scan, its settings and its page lie in the folder; not what the gate said of it."""
     return [Path(folder) / name for name in OWN]
@@ -62,14 +68,22 @@ def read_meta(file: Path) -> dict[str, Any]:
         _check_kind(name, meta[name], _USUALLY[name])
     for table, keys in _INSIDE.items():
         for name, facts in meta.get(table, {}).items():
-            _check_kind(f"{name!r} in {table}", facts, dict)
-            for key, kind in keys.items():
-                _check_kind(f"{key} of {name!r} in {table}", facts.get(key), kind)
+            _check_table(f"{name!r} in {table}", facts, keys)
+    for table in (table for table in _WHERE_RUN if meta.get(table) is not None):
+        _check_table(table, meta[table], _WHERE_RUN[table])
+    if not meta["alphas"]:
+        raise ValueError("it has no alphas")
     for alpha in meta["alphas"]:
         _check_kind("one of its alphas", alpha, _NUMBER)
     if "id" not in (facts["role"] for facts in meta["splits"].values()):
         raise ValueError("none of its splits has the role id")
     return dict(meta)
+
+
+def _check_table(name: str, table: Any, keys: Mapping[str, Kind]) -> None:
+    _check_kind(name, table, dict)
+    for key, kind in keys.items():
+        _check_kind(f"{key} of {name}", table.get(key), kind)
 
 
 def _check_kind(name: str, value: Any, kind: Kind) -> None:

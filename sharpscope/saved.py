@@ -14,7 +14,7 @@ from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import replace_text
 from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
 from sharpscope.result import ScanResult
-from sharpscope.table import cell_key
+from sharpscope.table import MODEL, cell_key
 
 _AGAIN = "run the same scan again: it resumes, and writes its result anew"
 
@@ -65,6 +65,9 @@ def open_result(folder: str | Path) -> ScanResult:
         raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
     if missing := _evaluations(meta) - {cell.key for cell in cells}:
         raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
+    known = {*meta["layers"], MODEL}
+    if strange := next((row.layer for cell in cells for row in cell.rows if row.layer not in known), None):
+        raise UsageError(f"{place} holds cells of {strange!r}, a layer that its scan.json does not know", _AGAIN)
     try:
         return ScanResult(cells, meta)
     except ValueError as damage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,14 @@ class Search:
         self.alpha = recommend(correct, names[0], names[1:], seed=plan.seed).alpha
         self._uniform = score({name: correct[self.alpha, name] for name in names}, self._target, self._first)
         # A layer that did not move changes nothing at any alpha.
-        start, end = job.path.start, job.path.end
-        self._layers = [
-            layer
-            for layer, names in job.path_layers.layers.items()
-            if layer in job.layers.layers and any(not start[n].equal(end[n]) for n in names)
-        ]
+        moving = {layer: names for layer, names in job.path_layers.layers.items() if layer in job.layers.layers}
+        self._layers = [layer for layer, names in moving.items() if self._moved(names)]
         self.trials: dict[str, Trial] = {}
         self._aside: dict[str, str] = {}  # key of a trial -> set on which its loss is not finite
+
+    def _moved(self, names: Sequence[str]) -> bool:
+        start, end = self._job.path.start, self._job.path.end
+        return any(not start[name].equal(end[name]) for name in names)
 
     def _answers(self, key: str) -> np.ndarray:
         return self._journal[key].arrays["correct"]
@@ -117,8 +117,10 @@ class Search:
                 found = yield from self._tried(around(self.alpha, {layer: 0.0}, "leave-one-out"))
                 changes[layer] = found - self._uniform
         order = sorted(changes, key=lambda layer: -abs(changes[layer]))
-        if self.alpha != 0 and order:
-            best = max(changes, key=lambda layer: changes[layer])
+        # Parameters are made sparse: where only running statistics moved that would be the mix under another name.
+        thick = [layer for layer in changes if self._moved(self._job.layers.layers[layer])]
+        if self.alpha != 0 and thick:
+            best = max(thick, key=lambda layer: changes[layer])
             for layer in (best,) if self._settings.sparse is None else self._settings.sparse:
                 for trial in sparse(layer, self.alpha):
                     yield from self._tried(trial)

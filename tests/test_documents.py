@@ -84,6 +84,20 @@ def test_a_link_to_a_pipe_is_a_pipe_and_a_file_beside_it_is_written(world):
     assert (world / "m.md").read_text().startswith("### Gate passed")
 
 
+def test_what_is_behind_a_descriptor_is_added_to(world):
+    with (world / "log").open("w") as log:
+        log.write("earlier\n")
+        log.flush()
+        assert run(*CHECK, "--json", f"/dev/fd/{log.fileno()}").exit_code == 0
+    first, document = (world / "log").read_text().split("\n", 1)
+    assert first == "earlier"
+    assert json.loads(document)["passed"] is True
+
+
+def test_no_document_at_the_null_device_is_lost(world):
+    assert run(*CHECK, "--json", os.devnull, "--md", os.devnull).exit_code == 0
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_followed(world, there):
     (world / "store").mkdir()

@@ -127,7 +127,7 @@ def test_a_list_of_tables_is_sent_to_the_table_that_holds_it(scan):
         ),
         (
             '[[rules]]\nid = "a"\nmeasure = "accuracy"\nsplit = "s"\nmin = true',
-            r"rule 1 \('a'\): 'min' is true\n  fix: float",
+            r"rule 1 \('a'\): 'min' is true\n  fix: a number",
         ),
         (
             '[[rules]]\nid = "a"\nmeasure = "accuracy"\nmin-change = 1\nmin_change = 2',

@@ -85,11 +85,13 @@ def test_what_a_scan_lacks_is_named(tmp_path, name):
 
 ODD = {
     **dict.fromkeys((*NEEDED, "models", "warnings", "unused", "provenance", "cost"), (None, "x")),
-    "alphas": (None, {}, [0.0, None], [0.0, "1"], [True]),
+    "alphas": (None, {}, [], [0.0, None], [0.0, "1"], [True]),
     "splits": (None, [], {}, {"id": None}, {"id": {}}, {"a": {"role": "ood"}}),
     "layers": (None, {"head": 3}, {"head": {}}, {"head": {"delta_norm": "x"}}),
     "measures": (None, ["trace"], {"trace": None}),
     "models": (None, {"zero_shot": None}),
+    "recipes": (3, {}, {"alpha": 0.5}),
+    "interventions": ("x", {"limit": 8}),
     "seed": (None, True, 0.5, "0"),
 }
 
@@ -130,4 +132,13 @@ def test_cells_that_are_no_cells_are_refused(tmp_path, header, said):
 def test_cells_that_are_gone_are_missed(tmp_path):
     (planted(**FEW).save(tmp_path) / "cells.jsonl").unlink()
     with pytest.raises(UsageError, match=r"cells\.jsonl is missing\)\n  fix: run the same scan"):
+        ss.open(tmp_path)
+
+
+def test_cells_of_a_layer_that_is_not_there_are_refused(tmp_path):
+    file = planted(**FEW).save(tmp_path) / "scan.json"
+    meta = json.loads(file.read_text())
+    gone = next(iter(meta["layers"]))
+    file.write_text(json.dumps({**meta, "layers": {n: facts for n, facts in meta["layers"].items() if n != gone}}))
+    with pytest.raises(UsageError, match=f"cells of '{gone}', a layer that its scan.json does not know"):
         ss.open(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -70,7 +71,8 @@ def write_documents(texts: Sequence[tuple[str, str]], read: Iterable[Path] = ())
         tell(text.removesuffix("\n").encode())
 
 
-def _check_apart(places: Sequence[str], read: Sequence[Path]) -> None:
+def _check_apart(named: Sequence[str], read: Sequence[Path]) -> None:
+    places = [place for place in named if place != os.devnull]
     for one, other in combinations(places, 2):
         if _same(one, other):
             raise UsageError(f"two documents go to {other}, one would be lost", "a place for each")
@@ -88,7 +90,13 @@ def _same(one: str, other: str) -> bool:
 
 
 def _is_stream(place: Path) -> bool:
-    return place.exists() and not place.is_file() and not place.is_dir()
+    return _is_descriptor(place) or (place.exists() and not place.is_file() and not place.is_dir())
+
+
+def _is_descriptor(place: Path) -> bool:
+    """Whether it is a name of a file that this process has open, as /dev/stderr and /dev/fd/3 are."""
+    names = [place, place.readlink()] if place.is_symlink() else [place]
+    return any(re.fullmatch(r"/proc/[^/]+/fd", os.path.realpath(name.parent)) for name in names)
 
 
 def _target(place: Path) -> Path:
@@ -97,7 +105,8 @@ def _target(place: Path) -> Path:
 
 
 def _write_through(place: Path, text: str) -> None:
-    place.write_text(text, encoding="utf-8")
+    with place.open("a", encoding="utf-8") as stream:  # behind a descriptor may be a file that is not to be cut
+        stream.write(text)
 
 
 def _beside(place: Path) -> Path:

@@ -192,7 +192,7 @@ def _check_numbers(factory: Callable[..., Detector], settings: Mapping[str, Any]
     """Refuse true and false as 1 and 0, which is how pydantic reads them where a number is wanted."""
     for name, parameter in inspect.signature(factory).parameters.items():
         if isinstance(settings.get(name), bool) and "bool" not in str(parameter.annotation):
-            raise UsageError(f"{name!r} is {str(settings[name]).lower()}", str(parameter.annotation))
+            raise UsageError(f"{name!r} is {str(settings[name]).lower()}", "a number")
 
 
 def _fault(error: ValidationError, known: tuple[str, ...]) -> str:
