@@ -56,9 +56,19 @@ def check_derivatives(
 
     Notes
     -----
-    Cost: a forward and two gradients of these examples; two products.
+    Cost: a forward and two gradients of these examples; two products. Where there is no memory for that with a single
+    example, nothing is tried: a scan may still get by with less.
     """
-    few = replace(objective, batches=(objective.batches[0].split(max(len(objective.batches[0].targets) // 2, 1))[0],))
+    batch = objective.batches[0]
+    for pieces in (max(len(batch.targets) // 2, 1), len(batch.targets)):
+        try:
+            _check(replace(objective, batches=(batch.split(pieces)[0],)), network, weights, names, curved)
+        except torch.OutOfMemoryError:
+            continue
+        return
+
+
+def _check(few: Objective, network: Network, weights: Tree, names: Sequence[str], curved: bool) -> None:
     signs = rademacher({name: weights[name] for name in names}, "soundness")
     near = {**weights, **{name: weights[name] * (1 + AWAY * sign) for name, sign in signs.items()}}
     with matmul_precision("highest"):  # in TF32 products are as asymmetric as it rounds

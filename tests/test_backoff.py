@@ -34,6 +34,10 @@ class Cramped(nn.Module):
         return self.net(x)
 
 
+def test_a_scan_that_has_room_for_single_examples_begins():
+    assert not scanned(1, alphas=[0, 1]).layers.empty
+
+
 def scanned(most=100, **settings):
     start = made("mlp")
     nets = Cramped(start, most).eval(), Cramped(fine_tuned(start, "mlp"), most).eval()
