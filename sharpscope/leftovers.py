@@ -48,7 +48,7 @@ _INSIDE: Mapping[str, Mapping[str, Kind]] = {
 
 
 _WHERE_RUN: Mapping[str, Mapping[str, Kind]] = {
-    "recipes": {"trials": list, "alpha": _NUMBER},
+    "recipes": {"trials": list},
     "interventions": {"bases": list},
 }
 

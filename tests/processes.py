@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -30,7 +31,11 @@ def child(rank: int, size: int, work: Mapping[str, Callable[[Path], Any]], names
         except Exception as error:
             (folder / f"{name}-{rank}.error").write_text(f"{error!r}\n{traceback.format_exc()}")
     if size > 1:
-        dist.destroy_process_group()  # else its threads are ended by the interpreter's end, now and then with an abort
+        # What there is to say is in files. gloo's threads are ended with an abort now and then, by the interpreter's end
+        # and by destroy_process_group alike.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def run(work: Mapping[str, Callable[[Path], Any]], size: int, names: Sequence[str], folder: Path) -> list[int | None]:

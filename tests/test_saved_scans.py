@@ -90,7 +90,7 @@ ODD = {
     "layers": (None, {"head": 3}, {"head": {}}, {"head": {"delta_norm": "x"}}),
     "measures": (None, ["trace"], {"trace": None}),
     "models": (None, {"zero_shot": None}),
-    "recipes": (3, {}, {"alpha": 0.5}),
+    "recipes": (3, {}, {"trials": None}),
     "interventions": ("x", {"limit": 8}),
     "seed": (None, True, 0.5, "0"),
 }
