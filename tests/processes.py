@@ -31,8 +31,8 @@ def child(rank: int, size: int, work: Mapping[str, Callable[[Path], Any]], names
         except Exception as error:
             (folder / f"{name}-{rank}.error").write_text(f"{error!r}\n{traceback.format_exc()}")
     if size > 1:
-        # What there is to say is in files. Now and then gloo's threads end with an abort, at the interpreter's end and in
-        # destroy_process_group alike.
+        # What there is to say is in files. Now and then gloo's threads end with an abort, at the interpreter's end and
+        # in destroy_process_group alike.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
