@@ -57,7 +57,8 @@ def check_derivatives(
     Notes
     -----
     Cost: a forward and two gradients of these examples; two products. Where there is no memory for that with a single
-    example, nothing is tried: a scan may still get by with less.
+    example, nothing is tried: a scan may still get by with less. Nor is it where the model fails at weights moved like
+    that, as a matrix that must be positive definite does.
     """
     batch = objective.batches[0]
     for pieces in (max(len(batch.targets) // 2, 1), len(batch.targets)):

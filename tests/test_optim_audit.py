@@ -348,7 +348,7 @@ class Whole(nn.Linear):
 
 
 def test_ignored_labels_and_a_forward_that_knows_its_batch_are_measured_on():
-    data = [(torch.randn(4, 5), torch.tensor([0, -100, 2, 1]))]
+    data = [(torch.randn(4, 5), torch.tensor([0, -100, 2, 1])), (torch.randn(4, 5), torch.full((4,), -100))]
     probe, net = SharpnessProbe(data, quick), Whole(5, 3)
     probe.check(net)
     assert probe(net, layers(net))

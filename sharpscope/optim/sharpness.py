@@ -25,7 +25,7 @@ from sharpscope.tree import Tree
 
 Measure = Callable[[Point, Partition, int], Estimates]
 FEW = Trace(relative=0.2, absolute=0.02, most=16)  # a look in passing: a tenth of what a scan spends
-IGNORED = -100  # a label that torch's cross-entropy leaves out
+_IGNORED = -100  # a label that torch's cross-entropy leaves out
 _NAME = "batches"  # as messages call them
 
 
@@ -99,7 +99,9 @@ class SharpnessProbe:
         with self._measured(module) as (objective, weights):
             for batch in objective.batches:
                 classes = class_count(objective, weights, batch.inputs, "the model", _NAME, None)
-                check_range(batch.targets[batch.targets != IGNORED], classes, _NAME)
+                labels = batch.targets[batch.targets != _IGNORED]
+                if len(labels):
+                    check_range(labels, classes, _NAME)
 
     def __call__(self, module: nn.Module, layers: Partition) -> list[tuple[str, Estimate]]:
         """Return an estimate per layer, of the module's present weights in float32, dropout off.
