@@ -51,12 +51,12 @@ class Batch(NamedTuple):
         for mine, theirs in [*pairs, (self.targets, other.targets)]:
             mine.data.copy_(theirs)  # .data: a graph that saved them is computed anew, and autograd need not know
 
-    def split(self, pieces: int) -> list[Batch]:
-        """Return the examples in so many batches, as even as may be, or fewer."""
+    def split(self, pieces: int | list[int]) -> list[Batch]:
+        """Return the examples in so many batches, as even as may be, or fewer; or cut before the numbered ones."""
         targets = self.targets.tensor_split(pieces)
         if isinstance(self.inputs, Mapping):
             columns = {name: tensor.tensor_split(pieces) for name, tensor in self.inputs.items()}
-            inputs: list[Any] = [{name: parts[i] for name, parts in columns.items()} for i in range(pieces)]
+            inputs: list[Any] = [{name: parts[i] for name, parts in columns.items()} for i in range(len(targets))]
         else:
             inputs = list(self.inputs.tensor_split(pieces))
         return [Batch(x, y) for x, y in zip(inputs, targets, strict=True) if len(y)]

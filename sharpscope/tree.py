@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import MismatchError
-from sharpscope.sharding import cut, from_row, mesh_of, row, totals, whole
+from sharpscope.sharding import cut, from_row, is_shard, mesh_of, row, totals, whole
 
 Tree = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ def flat(a: Tree) -> Tensor:
 
 def unflat(entries: Tensor, like: Tree) -> Tree:
     """Return the entries in the shapes and dtypes of ``like``, whose :func:`flat` has as many."""
-    pieces = torch.split(entries, [row(tensor).numel() for tensor in like.values()])
+    pieces = torch.split(entries, [(row(t) if is_shard(t) else t).numel() for t in like.values()])
     return {name: from_row(piece, tensor) for piece, (name, tensor) in zip(pieces, like.items(), strict=True)}
 
 
@@ -100,19 +100,19 @@ def rademacher(like: Tree, *key: object) -> Tree:
     """
     if not next(iter(like.values())).is_cuda:
         return {name: cut(_signs(tensor, _generator(tensor, key, name)), tensor) for name, tensor in like.items()}
+    counts, first = [tensor.numel() for tensor in like.values()], next(iter(like.values()))
     if mesh_of(like.values()) is None:
-        entries = flat(like)
+        entries = first.new_empty(()).expand(sum(counts))
         return unflat(_signs(entries, _generator(entries, key, "|".join(like))), like)
     # The same signs: all of them, a byte each, and of those this process's.
-    counts = [tensor.numel() for tensor in like.values()]
-    room = torch.empty(sum(counts), dtype=torch.int8, device=next(iter(like.values())).device)
+    room = torch.empty(sum(counts), dtype=torch.int8, device=first.device)
     signs = torch.split(_signs(room, _generator(room, key, "|".join(like))), counts)
     return {n: cut(p.view(t.shape).to(t.dtype), t) for p, (n, t) in zip(signs, like.items(), strict=True)}
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
-    return bits.to(like.dtype) * 2 - 1
+    return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 def gaussian(like: Tree, *key: object) -> Tree:

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope.backoff import back_off, is_out_of_memory
 from sharpscope.budget import pieces_for
-from sharpscope.curvature.graphs import Graphs, free_bytes
+from sharpscope.curvature.graphs import Graphs, Part, free_bytes
+from sharpscope.curvature.groups import pieces_of
 from sharpscope.curvature.point import Point
 from sharpscope.errors import MeasurementError, UsageError
 from sharpscope.losses import contrastive
@@ -65,22 +66,23 @@ def test_one_graph_of_a_piece_is_there_at_a_time():
     alive, most = [0], [0]
 
     class Graph:
-        def __init__(self, batch):
+        groups = range(1)
+
+        def __init__(self, piece):
             alive[0] += 1
             most[0] = max(most[0], alive[0])
-            self.size = len(batch.targets)
+            self.size = len(piece.batch.targets)
 
         def __del__(self):
             alive[0] -= 1
 
-    from sharpscope.curvature.graphs import summed
-
     x, y = images(12)
     gc.disable()
     try:
-        graphs = Graphs(Graph, [Batch(x, y)] * 2, (), 10**9, pieces=5)
+        graphs = Graphs(Graph, [pieces_of(Batch(x, y), 1, 5)] * 2, (), 10**9)
         found = [
-            summed(lambda g, names, v: {"n": torch.tensor(g.size)}, group, (), {})["n"] for group in graphs.by_batch()
+            Part(lambda g, *_: {"n": torch.tensor(g.size)}, lambda _, group=group: group).block((), {})["n"]
+            for group in graphs.by_batch()
         ]
     finally:
         gc.enable()

@@ -194,3 +194,43 @@ def test_a_network_that_cannot_be_recorded_is_measured_all_the_same():
         point = Point(goal, weights, tuple(weights), workspace=Workspace())
     v = tree.gaussian(weights, "v")
     torch.testing.assert_close(point.product(v), Point(goal, weights, tuple(weights)).product(v))
+
+
+class Patched(Mapped):
+    """With patches of an image before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 4, stride=4, bias=False)
+
+    def forward(self, x):
+        return super().forward(self.patch(x).flatten(2).transpose(1, 2))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype):
+    """Recorded gradients, closed forms, kernels, patches as a matrix product; two points on one place."""
+    torch.manual_seed(0)
+    net = Patched().to(dtype).eval()
+    x, y = heads(96, 3, 8, 12, dtype=dtype), torch.arange(96) % 3
+    of = network(net, "the network")
+    bound = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-6}
+    of_device = {d: Objective(of.forward, cross_entropy, (Batch(x.to(d), y.to(d)),)) for d in ("cpu", "cuda")}
+    workspace = Workspace()
+    for step in (0.0, 0.1):
+        found = []
+        for device, fn in of_device.items():
+            space = workspace if device == "cuda" else None
+            weights = {name: (tensor.detach() + step).to(device) for name, tensor in of.parameters.items()}
+            point = Point(fn, weights, list(weights), workspace=space)
+            (part,) = point.parts()
+            assert part.groups == 6
+            v = {n: heads(6, *t.shape, dtype=dtype, seed=7).to(device) for n, t in weights.items()}
+            images = [part.each(tuple(v), v), point.product({n: t[0] for n, t in v.items()}), point.gradient]
+            norms = {n: v[n] for n in v if n.startswith("norm")}
+            images.append(part.each(tuple(norms), norms))
+            found.append([{n: t.cpu() for n, t in image.items()} for image in images])
+        for mine, theirs in zip(*found, strict=True):
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(mine[name], tensor, **bound)

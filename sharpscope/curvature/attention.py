@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sharpscope.curvature.fusion import Fused
+from sharpscope.curvature.passes import leave, left
 
 TOKENS, WIDTHS = 64, (16, 32, 64)  # largest number of tokens, and widths of a head, that the kernel takes
 
@@ -53,32 +54,42 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 class _Slope(torch.autograd.Function):
-    """``dq, dk, dv``."""
+    """``dq, dk, dv`` of the attention that the node is; what is left to that is added."""
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, scale: float
+        ctx: Any,
+        g: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        p: Tensor | None,
+        node: Any,
+        more: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, ...]:
-        ctx.scale = scale
+        ctx.node = node
         if p is None:
             ctx.save_for_backward(g, q, k, v)
-            slopes: tuple[Tensor, ...] = _kernels(q, k, v).slopes(g, q, k, v, scale)
+            slopes: tuple[Tensor, ...] = _kernels(q, k, v).slopes(g, q, k, v, more, node.scale)
             return slopes
         dp = g @ v.mT
         ctx.save_for_backward(g, q, k, v, p, dp)
         ds = _slope(p, dp)
-        return ds @ k * scale, ds.mT @ q * scale, p.mT @ g
+        found = ds @ k * node.scale, ds.mT @ q * node.scale, p.mT @ g
+        return found if more is None else tuple(own.add_(part) for own, part in zip(found, more, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         g, q, k, v, *known = ctx.saved_tensors
+        scale = ctx.node.scale
         if not known:
-            return *_kernels(q, k, v).bends(a, b, c, g, q, k, v, ctx.scale), None, None
+            by_g, *rest = _kernels(q, k, v).bends(a, b, c, g, q, k, v, scale)
+            return by_g, *leave(ctx.node, *rest), None, None, None
         p, dp = known
-        ds, e, w = _bend(p, dp, torch.add(a @ k.mT, q @ b.mT) * ctx.scale, g @ c.mT)
-        by_q, by_k = (w @ k + ds @ b) * ctx.scale, (w.mT @ q + ds.mT @ a) * ctx.scale
-        return e @ v + p @ c, by_q, by_k, e.mT @ g, None, None
+        ds, e, w = _bend(p, dp, torch.add(a @ k.mT, q @ b.mT) * scale, g @ c.mT)
+        by_q, by_k = (w @ k + ds @ b) * scale, (w.mT @ q + ds.mT @ a) * scale
+        return e @ v + p @ c, *leave(ctx.node, by_q, by_k, e.mT @ g), None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -95,13 +106,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Slope.apply(g, *ctx.saved_tensors, ctx.scale), None  # type: ignore[no-untyped-call]
+        return *_Slope.apply(g, *ctx.saved_tensors, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return ``softmax(scale q k') v``, shapes (..., tokens, width), differentiable twice."""
     found: Tensor = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
     return found
+
+
+def attention_of_groups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return :func:`attention` with groups along a first axis more."""
+    found = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
+    return found.view(*q.shape[:2], *found.shape[1:])
 
 
 def plain(
@@ -116,6 +133,6 @@ def plain(
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Return the arguments of :func:`attention` if torch's ``scaled_dot_product_attention`` is asked for just that."""
     special = attn_mask is not None or dropout_p or is_causal or enable_gqa
-    if special or not query.requires_grad or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+    if special or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return None
     return query, key, value, query.shape[-1] ** -0.5 if scale is None else scale

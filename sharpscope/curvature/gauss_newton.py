@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharpscope.curvature.graphs import Graphs, block_diagonal, summed, twice_differentiable
+from sharpscope.curvature.graphs import Graphs, Part, block_diagonal, twice_differentiable
+from sharpscope.curvature.groups import Piece, Views, mapped
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, select
 
 if TYPE_CHECKING:
-    from sharpscope.curvature.graphs import Part
     from sharpscope.curvature.point import Point
 
 
@@ -28,6 +28,18 @@ class _Graph:
     copy: Tensor
     u: Tensor
     pulled: Tree  # J'u for the tensors that z depends on
+    views: Views
+
+    @property
+    def groups(self) -> range:
+        """Those of the batch that it holds, or holds a part of."""
+        return self.views.groups
+
+    def moved(self, live: Sequence[str], v: Tree, each: bool) -> Tensor:
+        """Return J v."""
+        pulled, directions = [self.pulled[name] for name in live], self.views.directions(v, live, each)
+        (moved,) = torch.autograd.grad(pulled, self.u, directions, retain_graph=True)
+        return moved
 
 
 class GaussNewton:
@@ -41,8 +53,8 @@ class GaussNewton:
     def __init__(self, point: Point, budget: int) -> None:
         self._leaves, self._counts, self._objective = point.leaves, point.counts, point.objective
         make, objective = partial(_graph, point.objective, point.weights, point.leaves), point.objective
-        constants, pieces, again = point.weights.values(), objective.pieces, objective.again
-        self._graphs = Graphs(make, objective.own_batches, constants, budget, pieces, again)
+        batches = point.grouping.cut(objective)
+        self._graphs = Graphs(make, batches, point.weights.values(), budget, objective.again)
 
     def product(self, v: Tree) -> Tree:
         """Return ``G v`` over all differentiated tensors."""
@@ -57,37 +69,39 @@ class GaussNewton:
         self._counts["gauss_newton_products"] += len(vectors)
         return block_diagonal(self._objective, self.parts(), vectors)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Part[_Graph]]:
         """Yield the share in the matrix of each of this rank's batches; not counted as products."""
-        for graphs in self._graphs.by_batch():
-            yield partial(summed, self._part, graphs)
+        for number, graphs in enumerate(self._graphs.by_batch()):
+            yield Part(self._part, partial(_all, graphs), self._graphs.groups(number))
 
-    def _part(self, graph: _Graph, names: Sequence[str], v: Tree) -> Tree:
+    @staticmethod
+    def _part(graph: _Graph, names: Sequence[str], v: Tree, each: bool) -> Tree:
         live = [name for name in names if name in graph.pulled]
         if not live or not graph.slope.requires_grad:  # a loss linear in z has H_out = 0
             return {}
-        leaves = [self._leaves[name] for name in names]
+        views = [graph.views.tensors[name] for name in names]
         with twice_differentiable():
-            bent = torch.autograd.grad(graph.slope, graph.copy, self._moved(graph, live, v), retain_graph=True)
-        found = torch.autograd.grad(graph.outputs, leaves, bent, retain_graph=True, allow_unused=True)
-        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
-
-    @staticmethod
-    def _moved(graph: _Graph, live: list[str], v: Tree) -> Tensor:
-        """Return J v."""
-        (moved,) = torch.autograd.grad(
-            [graph.pulled[name] for name in live], graph.u, [v[name] for name in live], retain_graph=True
-        )
-        return moved
+            bent = torch.autograd.grad(graph.slope, graph.copy, graph.moved(live, v, each), retain_graph=True)
+        found = torch.autograd.grad(graph.outputs, views, bent, retain_graph=True, allow_unused=True)
+        return graph.views.shaped(names, found, each)
 
 
-def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> _Graph:
+def _all(graphs: Iterable[_Graph], _names: Sequence[str]) -> Iterable[_Graph]:
+    return graphs
+
+
+def _graph(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> _Graph:
+    views, batch = Views.of(leaves, piece), piece.batch
+
+    def forward(own: Tree, batch: Batch) -> Tensor:
+        return objective.outputs({**weights, **own}, batch.inputs)
+
     with torch.enable_grad():
-        outputs = objective.outputs(weights, batch.inputs)
+        outputs = mapped(forward, views.tensors, piece).flatten(0, 1) if views.several else forward(leaves, batch)
         copy = outputs.detach().requires_grad_()
         loss = objective.loss(copy, batch.targets) / objective.examples
         (slope,) = torch.autograd.grad(loss, copy, create_graph=True)
         u = torch.zeros_like(outputs, requires_grad=True)
-        found = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, list(views.tensors.values()), u, create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
-    return _Graph(outputs, slope, copy, u, {name: tensor for name, tensor in pairs if tensor is not None})
+    return _Graph(outputs, slope, copy, u, {name: tensor for name, tensor in pairs if tensor is not None}, views)

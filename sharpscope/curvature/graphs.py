@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from sharpscope.curvature.groups import Piece
 from sharpscope.curvature.recorded import shortened
 from sharpscope.errors import ModelError
-from sharpscope.objective import Again, Batch, Objective, restored, saving
+from sharpscope.objective import Again, Objective, restored, saving
 from sharpscope.sharding import local
 from sharpscope.tree import Tree, select
 
 Graph = TypeVar("Graph")
+Some = TypeVar("Some", bound="Grouped")
 
-# Names of a layer's tensors and a vector over them -> what one batch adds to the block's product, absent where nothing.
-Part = Callable[[Sequence[str], Tree], Tree]
-
+Names = Sequence[str]
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
 
 
@@ -76,31 +76,27 @@ class Graphs(Generic[Graph]):
     Parameters
     ----------
     make
-        Returns the graph of a batch.
+        Returns the graph of a piece.
     batches
-        In their order.
+        The pieces of each, in their order; of a batch in several pieces no graph is kept.
     constants
         Tensors that are there anyway and count for nothing.
     budget
         Bytes that kept graphs may take, measured as autograd saves them.
-    pieces
-        That each batch is computed in; where there are several, no graph is kept.
     again
         Which tensors graphs need not hold.
     """
 
     def __init__(
         self,
-        make: Callable[[Batch], Graph],
-        batches: Sequence[Batch],
+        make: Callable[[Piece], Graph],
+        batches: Sequence[Sequence[Piece]],
         constants: Iterable[Tensor],
         budget: int,
-        pieces: int = 1,
         again: Again | None = None,
     ) -> None:
         self._graph = make
         self._unsaved = again
-        self._pieces = pieces
         self._batches = batches
         self._constants = tuple(constants)
         self._budget = budget
@@ -115,32 +111,36 @@ class Graphs(Generic[Graph]):
 
     def by_batch(self) -> Iterator[Iterable[Graph]]:
         """Yield the graphs of each batch."""
-        if self._pieces > 1:
-            return (_Anew(self._make, batch.split(self._pieces)) for batch in self._batches)
         return map(self.of, range(len(self._batches)))
 
     def of(self, index: int) -> Iterable[Graph]:
         """Return a batch's graph, made when it is asked for; at first the batches come in their order."""
         if index < len(self.kept):
             return (self.kept[index],)
-        batch = self._batches[index]
-        return _Later(partial(self._again, batch)) if self._full else (self._first(batch),)
+        pieces = self._batches[index]
+        if len(pieces) > 1:
+            return _Anew(self._make, pieces)
+        return _Later(partial(self._again, pieces[0])) if self._full else (self._first(pieces[0]),)
 
-    def _again(self, batch: Batch) -> Graph:
-        return self._make(batch)
+    def groups(self, index: int) -> int:
+        """Return the number of groups of a batch."""
+        return self._batches[index][-1].groups.stop
+
+    def _again(self, piece: Piece) -> Graph:
+        return self._make(piece)
 
     def renew(self) -> None:
         """Compute the kept graphs anew where they lie; here none can be, see the workspace."""
         raise NotImplementedError
 
-    def _make(self, batch: Batch) -> Graph:
+    def _make(self, piece: Piece) -> Graph:
         with saving(self._unsaved):
-            return self._graph(batch)
+            return self._graph(piece)
 
-    def _first(self, batch: Batch) -> Graph:
+    def _first(self, piece: Piece) -> Graph:
         counter = _SavedBytes(self._constants, self._unsaved)
         with saved_tensors_hooks(counter.pack, restored):
-            graph = self._graph(batch)
+            graph = self._graph(piece)
         self.largest = max(self.largest, counter.bytes)
         self._full = self.kept_bytes + counter.bytes > self._budget
         if not self._full:
@@ -167,8 +167,8 @@ class _Later(Generic[Graph]):
 class _Anew(Generic[Graph]):
     """The graphs of the pieces of a batch, made anew whenever they are walked through, one at a time."""
 
-    make: Callable[[Batch], Graph]
-    pieces: Sequence[Batch]
+    make: Callable[[Piece], Graph]
+    pieces: Sequence[Piece]
 
     def __iter__(self) -> Iterator[Graph]:
         return map(self.make, self.pieces)
@@ -195,23 +195,64 @@ def twice_differentiable() -> Iterator[None]:
         ) from refusal
 
 
-def summed(
-    part: Callable[[Graph, Sequence[str], Tree], Tree], graphs: Iterable[Graph], names: Sequence[str], v: Tree
-) -> Tree:
-    """Return the sum of what each graph adds to a product."""
-    total: Tree = {}
-    for graph in graphs:
-        for name, tensor in part(graph, names, v).items():
-            total[name] = total[name] + tensor if name in total else tensor
-        del graph  # before the next is made
-    return total
+class Grouped(Protocol):
+    """A graph of some groups of a batch."""
+
+    @property
+    def groups(self) -> range:
+        """Which of the batch's groups."""
 
 
-def block_diagonal(objective: Objective, parts: Iterator[Part], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+@dataclass(frozen=True)
+class Part(Generic[Some]):
+    """What one batch adds to the blocks of a matrix.
+
+    Parameters
+    ----------
+    product
+        Of a graph, the names of a layer's tensors and a vector over them, absent where nothing; the last argument says
+        whether vector and product have an entry for each of the graph's groups, along a first axis.
+    graphs
+        The graphs to walk through for these names.
+    groups
+        Of the batch.
+    """
+
+    product: Callable[[Some, Names, Tree, bool], Tree]
+    graphs: Callable[[Names], Iterable[Some]]
+    groups: int = 1
+
+    def block(self, names: Names, v: Tree) -> Tree:
+        """Return the block times v; tensors without a part are absent."""
+        total: Tree = {}
+        for graph in self.graphs(names):
+            for name, tensor in self.product(graph, names, v, False).items():
+                total[name] = total[name] + tensor if name in total else tensor
+            del graph  # before the next is made
+        return total
+
+    def each(self, names: Names, v: Tree) -> Tree:
+        """Return each group's block times a vector of its own; a first axis counts the groups if there are several."""
+        if self.groups == 1:
+            return self.block(names, v)
+        total: Tree = {}
+        for graph in self.graphs(names):
+            some = slice(graph.groups.start, graph.groups.stop)
+            mine = {name: v[name][some] for name in names}
+            for name, tensor in self.product(graph, names, mine, True).items():
+                if len(tensor) == self.groups:  # of the whole batch: nothing to add to
+                    total[name] = tensor
+                else:
+                    total.setdefault(name, torch.zeros_like(v[name]))[some] += tensor
+            del graph
+        return total
+
+
+def block_diagonal(objective: Objective, parts: Iterator[Part[Some]], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
     """Return the products of a matrix's blocks with vectors over tensors of their own, in one walk through the data."""
 
-    def share(part: Part) -> Tree:
-        return {name: tensor for v in vectors.values() for name, tensor in part(tuple(v), v).items()}
+    def share(part: Part[Some]) -> Tree:
+        return {name: tensor for v in vectors.values() for name, tensor in part.block(tuple(v), v).items()}
 
     like = {name: tensor for v in vectors.values() for name, tensor in v.items()}
     image = objective.summed((share(part) for part in parts), like)

@@ -50,17 +50,25 @@ def _attention(q, k, v, out, heads, tokens, scale, width: tl.constexpr, block: t
 
 @triton.jit
 def _slopes(
-    g, q, k, v, dq, dk, dv, heads, tokens, scale, width: tl.constexpr, block: tl.constexpr, precision: tl.constexpr
-):
+    g, q, k, v, more_q, more_k, more_v, dq, dk, dv, heads, tokens, scale,
+    width: tl.constexpr, block: tl.constexpr, precision: tl.constexpr, onto: tl.constexpr,
+):  # fmt: skip
     query, key = _tile(q, heads, tokens, width, block), _tile(k, heads, tokens, width, block)
     p = _softmax(query, key, scale, tokens, block, precision)
     given = _tile(g, heads, tokens, width, block)
     value = _tile(v, heads, tokens, width, block)
     dp = tl.dot(given, tl.trans(value), input_precision=precision)
     ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
-    _keep(dv, tl.dot(tl.trans(p), given, input_precision=precision), heads, tokens, width, block)
-    _keep(dq, tl.dot(ds, key, input_precision=precision), heads, tokens, width, block)
-    _keep(dk, tl.dot(tl.trans(ds), query, input_precision=precision), heads, tokens, width, block)
+    by_v = tl.dot(tl.trans(p), given, input_precision=precision)
+    by_q = tl.dot(ds, key, input_precision=precision)
+    by_k = tl.dot(tl.trans(ds), query, input_precision=precision)
+    if onto:
+        by_v += _tile(more_v, heads, tokens, width, block)
+        by_q += _tile(more_q, heads, tokens, width, block)
+        by_k += _tile(more_k, heads, tokens, width, block)
+    _keep(dv, by_v, heads, tokens, width, block)
+    _keep(dq, by_q, heads, tokens, width, block)
+    _keep(dk, by_k, heads, tokens, width, block)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _bends(
     _keep(by_k, tl.dot(tl.trans(ds), on_q, found, input_precision=precision), heads, tokens, width, block)
 
 
-def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, scale: float) -> tuple[Tensor, ...]:
+def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, scale: float, **how: bool) -> tuple[Tensor, ...]:
     examples, heads, tokens, width = inputs[0].shape
     laid = [tensor.transpose(-3, -2).contiguous() for tensor in inputs]
     found = [torch.empty_like(laid[0]) for _ in range(outputs)]
@@ -99,7 +107,7 @@ def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, scale: float) ->
     block = max(16, triton.next_power_of_2(tokens))
     with torch.cuda.device(laid[0].device):
         kernel[(examples * heads,)](
-            *laid, *found, heads, tokens, scale, width=width, block=block, precision=precision, num_warps=WARPS
+            *laid, *found, heads, tokens, scale, width=width, block=block, precision=precision, num_warps=WARPS, **how
         )
     return tuple(tensor.transpose(-3, -2) for tensor in found)
 
@@ -109,9 +117,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _run(_attention, (q, k, v), 1, scale)[0]
 
 
-def slopes(g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Return the gradients by q, k and v."""
-    return _run(_slopes, (g, q, k, v), 3, scale)
+def slopes(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, ...] | None, scale: float
+) -> tuple[Tensor, ...]:
+    """Return the gradients by q, k and v, added to those that there are."""
+    return _run(_slopes, (g, q, k, v, *(more or (q, k, v))), 3, scale, onto=more is not None)
 
 
 def bends(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sharpscope.curvature.graphs import Graphs, Part, block_diagonal, summed
+from sharpscope.curvature.graphs import Graphs, Part, block_diagonal
+from sharpscope.curvature.groups import Grouping
 from sharpscope.curvature.workspace import GradientGraph, Workspace
 from sharpscope.objective import Objective
 from sharpscope.tree import Tree, select
@@ -24,8 +25,8 @@ FREE = (
 class Operator(Protocol):
     """A symmetric matrix over the weights, known by its products; a sum over the batches of the data."""
 
-    def parts(self) -> Iterator[Part]:
-        """Yield the share in the matrix of each of this rank's batches, as a function that gives block products."""
+    def parts(self) -> Iterator[Part[Any]]:
+        """Yield the share in the matrix of each of this rank's batches."""
 
     def product(self, v: Tree) -> Tree:
         """Return the matrix times v over all differentiated tensors."""
@@ -95,7 +96,7 @@ class Point:
                 for graph in graphs:
                     losses.append(float(graph.loss))
                     for name, tensor in graph.gradient.items():
-                        total[name] = total[name] + tensor.detach() if name in total else tensor.detach().clone()
+                        total[name] = total[name] + tensor if name in total else tensor.clone()
                     del graph  # before the next is made
                 touched.update(total)
                 yield total
@@ -104,6 +105,11 @@ class Point:
         self.counts["gradients"] += 1
         self.loss = sum(self.objective.ranks.gathered(losses))
         self.unused = frozenset(self.leaves.keys() - set(self.objective.ranks.gathered(sorted(touched))))
+
+    @property
+    def grouping(self) -> Grouping:
+        """How batches are grouped, for probes of their own."""
+        return self._place.grouping
 
     @property
     def graph_bytes(self) -> int:
@@ -151,15 +157,14 @@ class Point:
             self.counts["whole_products" if len(v) == len(self.leaves) else "block_products"] += 1
         return block_diagonal(self.objective, self.parts(), vectors)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Part[GradientGraph]]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
         for number, graphs in enumerate(self._graphs.by_batch()):
-            yield partial(self._part, number - len(self._graphs.kept), graphs)
+            yield Part(GradientGraph.product, partial(self._walked, number, graphs), self._graphs.groups(number))
 
-    def _part(self, beyond: int, graphs: Iterable[GradientGraph], names: Sequence[str], v: Tree) -> Tree:
-        if beyond >= 0 and self._free.issuperset(names):
-            graphs = self._late.of(beyond)
-        return summed(GradientGraph.product, graphs, names, v)
+    def _walked(self, number: int, graphs: Iterable[GradientGraph], names: Sequence[str]) -> Iterable[GradientGraph]:
+        beyond = number - len(self._graphs.kept)
+        return self._late.of(beyond) if beyond >= 0 and self._free.issuperset(names) else graphs
 
     @cached_property
     def _free(self) -> frozenset[str]:

@@ -135,6 +135,13 @@ class Products:
         with self.recorder.stream():
             return self._quickest(names, v, product, self.recorder)
 
+    def unrecorded(self, v: Tree, product: Product) -> Tree:
+        """Return ``product(v)`` as it is: for few calls with vectors too large to be held."""
+        if self.recorder is None:
+            return product(v)
+        with self.recorder.stream(), _nothing_compiled():
+            return product(v)
+
     def _quickest(self, names: tuple[str, ...], v: Tree, product: Product, recorder: Recorder) -> Tree:
         if names in self._known or not recorder.on:
             return self._known.get(names, product)(v)

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sharpscope.curvature.attention import attention, plain
+from sharpscope.curvature.attention import attention, attention_of_groups, plain
 from sharpscope.curvature.fusion import Fused
+from sharpscope.curvature.groups import at_once
+from sharpscope.curvature.linear import linear
+from sharpscope.curvature.passes import goes_on, leave, left
 
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -52,6 +56,13 @@ def _pulled(derivatives: Derivatives) -> Fused:
     return Fused(slope)
 
 
+def _pulled_onto(derivatives: Derivatives) -> Fused:
+    def slope(g: Tensor, x: Tensor, more: Tensor) -> Tensor:
+        return g * derivatives(x)[0] + more
+
+    return Fused(slope)
+
+
 def _bent(derivatives: Derivatives) -> Fused:
     def both(c: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = derivatives(x)
@@ -60,23 +71,26 @@ def _bent(derivatives: Derivatives) -> Fused:
     return Fused(both)
 
 
-KINDS = {name: (_pulled(d), _bent(d)) for name, d in (("quick", _quick_gelu), ("none", _gelu), ("tanh", _gelu_tanh))}
+_DERIVATIVES: dict[str, Derivatives] = {"quick": _quick_gelu, "none": _gelu, "tanh": _gelu_tanh}
+KINDS = {name: (_pulled(d), _pulled_onto(d), _bent(d)) for name, d in _DERIVATIVES.items()}
 
 
 class _ActivationSlope(torch.autograd.Function):
-    """``g f'(x)``."""
+    """``g f'(x)``, for the node that f is; what is left to that is added."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, node: Any, more: tuple[Tensor] | None) -> Tensor:
         ctx.save_for_backward(g, x)
-        ctx.kind = kind
-        slope: Tensor = KINDS[kind][0](g, x)
-        return slope
+        ctx.node = node
+        slope, onto, _ = KINDS[node.kind]
+        found: Tensor = slope(g, x) if more is None else onto(g, x, *more)
+        return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *KINDS[ctx.kind][1](c, *ctx.saved_tensors), None
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
+        by_g, by_x = KINDS[ctx.node.kind][2](c, *ctx.saved_tensors)
+        return by_g, *leave(ctx.node, by_x), None, None
 
 
 class _Activation(torch.autograd.Function):
@@ -91,7 +105,12 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _ActivationSlope.apply(g, x, ctx.kind), None  # type: ignore[no-untyped-call]
+        return _ActivationSlope.apply(g, x, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    found: Tensor = _Activation.apply(x, kind)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _projected(u: Tensor, unit: Tensor, rate: Tensor) -> Tensor:
@@ -103,7 +122,11 @@ def _norm_slopes(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tenso
     return _projected(g * weight, (x - mean) * rate, rate)
 
 
-def _norm_bends(
+def _norm_slopes_onto(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: Tensor) -> Tensor:
+    return _norm_slopes(g, x, weight, mean, rate) + more
+
+
+def _norm_bends_and_weight(
     c: Tensor, p: Tensor, q: Tensor, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the derivatives by g, x, and by the weight before summing over rows; c, p, q as in `_NormSlope`."""
@@ -115,74 +138,156 @@ def _norm_bends(
     return weight * flat + unit * p + q, by_x, g * flat
 
 
-_norm_slope, _norm_bend = Fused(_norm_slopes), Fused(_norm_bends)
+def _norm_bends(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by g and x alone."""
+    by_g, by_x, _ = _norm_bends_and_weight(*tensors)
+    return by_g, by_x
+
+
+_norm_slope, _norm_slope_onto = Fused(_norm_slopes), Fused(_norm_slopes_onto)
+_norm_bend, _norm_bend_and_weight = Fused(_norm_bends), Fused(_norm_bends_and_weight)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Return the sum over all axes but the last."""
-    return tensor.flatten(0, -2).sum(0)
+    """Return the sums over all axes but the first and the last."""
+    return tensor.sum(1, keepdim=True)
 
 
 class _NormSlope(torch.autograd.Function):
-    """The three gradients of an affine LayerNorm as functions of g, x and the weight.
+    """The three gradients of an affine LayerNorm, the node, as functions of g, x and the weight.
 
     With x' = (x - mean) * rate and cotangents c, p, q of the three: the sum over rows of
     ``c . rate (a - mean a - x' mean(a x')) + g . (x' p) + g . q`` with ``a = g weight`` is differentiated.
     """
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        rate: Tensor,
+        node: Any,
+        more: tuple[Tensor] | None,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight, mean, rate)
-        return _norm_slope(g, x, weight, mean, rate), _rows(g * ((x - mean) * rate)), _rows(g)
+        ctx.node = node
+        known = g, x, weight, mean, rate
+        by_x = _norm_slope(*known) if more is None else _norm_slope_onto(*known, *more)
+        return by_x, _rows(g * ((x - mean) * rate)) if wanted[0] else None, _rows(g) if wanted[1] else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, c: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor | None, ...]:
-        by_g, by_x, by_weight = _norm_bend(c, p, q, *ctx.saved_tensors)
-        return by_g, by_x, _rows(by_weight) if ctx.needs_input_grad[2] else None, None, None
+    def backward(ctx: Any, c: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight = ctx.saved_tensors[2]
+        known = *(torch.zeros_like(weight) if part is None else part for part in (p, q)), *ctx.saved_tensors
+        if not goes_on(ctx, 2):  # sums over rows are slow
+            by_g, by_x = _norm_bend(c, *known)
+            return by_g, *leave(ctx.node, by_x), *(None,) * 6
+        by_g, by_x, by_weight = _norm_bend_and_weight(c, *known)
+        return by_g, *leave(ctx.node, by_x), _rows(by_weight), *(None,) * 5
 
 
 class _Norm(torch.autograd.Function):
-    """LayerNorm over the last axis, with weight and bias."""
+    """LayerNorm of rows, ``(groups, rows, width)``, with a weight and a bias for each group, ``(groups, 1, width)``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rate = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        y, mean, rate = torch.native_layer_norm(x, (x.shape[-1],), None, None, eps)
         ctx.save_for_backward(x, weight, mean, rate)
-        return y
+        return torch.addcmul(bias, y, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *_NormSlope.apply(g, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
+        wanted = goes_on(ctx, 1), goes_on(ctx, 2)
+        found = _NormSlope.apply(g, *ctx.saved_tensors, ctx, left(ctx), wanted)  # type: ignore[no-untyped-call]
+        return *found, None
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return the LayerNorm over the last axis; weight and bias may have the first axis of x, as groups."""
+    affine = (tensor.reshape(-1, 1, x.shape[-1]) for tensor in (weight, bias))
+    groups = weight.shape[0] if weight.dim() > 1 else 1
+    found: Tensor = _Norm.apply(x.reshape(groups, -1, x.shape[-1]), *affine, eps)  # type: ignore[no-untyped-call]
+    return found.view(x.shape)
+
+
+def along_patches(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """Return the convolution as a matrix product if its windows do not overlap, as those of a ViT; else None.
+
+    With weights for each group of examples torch would have it as one convolution in groups, far slower.
+    """
+    sides = tuple(weight.shape[2:])
+    plain = _pair(padding) in ((0, 0), "valid") and _pair(dilation) == (1, 1) and groups == 1
+    if not plain or _pair(stride) != sides or x.dim() != 4:
+        return None
+    (high, wide), (rows, columns) = sides, (x.shape[-2] // sides[0], x.shape[-1] // sides[1])
+    windows = x[..., : rows * high, : columns * wide].reshape(*x.shape[:2], rows, high, columns, wide)
+    return product(windows.permute(0, 2, 4, 1, 3, 5).flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _pair(value: str | int | Sequence[int]) -> Any:
+    return (value, value) if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
 
 
 class _Smooth(TorchFunctionMode):
-    """Routes attention, GELU, QuickGELU (three calls: scale, sigmoid, product) and LayerNorm to the closed forms."""
+    """Routes attention, GELU, QuickGELU (three calls: scale, sigmoid, product) and LayerNorm to the closed forms.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    batched
+        Within ``vmap``, whose tensors do not say that they require gradients.
+    """
+
+    def __init__(self, *, batched: bool = False) -> None:
         super().__init__()
+        self._batched = batched
         self._scaled: tuple[Tensor, Tensor] | None = None  # 1.702 x and x
         self._gate: tuple[Tensor, Tensor] | None = None  # sigmoid(1.702 x) and x
+
+    def _live(self, tensor: Tensor) -> bool:
+        return self._batched or tensor.requires_grad
+
+    def _call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return at_once(function, *arguments) if self._batched else function(*arguments)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return at_once(linear, input, weight, bias) if self._batched else functional.linear(input, weight, bias)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        if name == "gelu" and args[0].requires_grad:
-            return _Activation.apply(args[0], kwargs.get("approximate", "none"))  # type: ignore[no-untyped-call]
-        if name == "layer_norm" and (norm := _affine(*args, **kwargs)):
-            return _Norm.apply(*norm)  # type: ignore[no-untyped-call]
-        if name == "scaled_dot_product_attention" and (asked := plain(*args, **kwargs)):
-            return attention(*asked)
+        if name == "gelu" and self._live(args[0]):
+            return self._call(_activation, args[0], kwargs.get("approximate", "none"))
+        if name == "layer_norm" and (norm := _affine(*args, **kwargs)) and self._live(norm[0]):
+            return self._call(_norm, *norm)
+        if name == "linear":
+            return self._linear(*args, **kwargs)
+        if name == "conv2d" and (found := along_patches(self._linear, *args, **kwargs)) is not None:
+            return found
+        if name == "scaled_dot_product_attention" and (asked := plain(*args, **kwargs)) and self._live(asked[0]):
+            return self._call(attention_of_groups if self._batched else attention, *asked)
         if name in ("mul", "__mul__", "__rmul__"):
             if self._gate is not None and any(
                 args[i] is self._gate[0] and args[1 - i] is self._gate[1] for i in (0, 1)
             ):
-                return _Activation.apply(self._gate[1], "quick")  # type: ignore[no-untyped-call]
+                return self._call(_activation, self._gate[1], "quick")
             found = function(*args, **kwargs)
             number, tensor = sorted(args[:2], key=lambda a: isinstance(a, Tensor))
-            if not isinstance(number, Tensor) and number == 1.702 and tensor.requires_grad:
+            if not isinstance(number, Tensor) and number == 1.702 and self._live(tensor):
                 self._scaled = (found, tensor)
             return found
         found = function(*args, **kwargs)
@@ -194,15 +299,13 @@ class _Smooth(TorchFunctionMode):
 def _affine(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Return the arguments of `_Norm` if that is what the call is."""
-    if weight is None or bias is None or len(shape) > 1 or not x.requires_grad:
-        return None
-    return x, weight, bias, eps
+    """Return the arguments of `_norm` if that is what the call is."""
+    return None if weight is None or bias is None or len(shape) > 1 else (x, weight, bias, eps)
 
 
-def smooth(*, on: bool = True) -> AbstractContextManager[Any]:
+def smooth(*, on: bool = True, batched: bool = False) -> AbstractContextManager[Any]:
     """Return a context in which GELUs and affine LayerNorms are recorded with closed-form second derivatives.
 
     On a CPU it does not pay: nothing is fused there (a block product took a quarter longer).
     """
-    return _Smooth() if on else nullcontext()
+    return _Smooth(batched=batched) if on else nullcontext()

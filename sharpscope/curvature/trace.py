@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,21 +19,22 @@ from sharpscope.errors import UsageError
 from sharpscope.partition import Partition
 from sharpscope.sharding import mesh_of, over_ranks
 from sharpscope.table import MODEL
-from sharpscope.tree import flat, rademacher, select
+from sharpscope.tree import Tree, flat, rademacher, select
 
 OWN_GAIN = (
     4  # a layer's own draws do the work of so many joint ones; measured 3 to 7 for blocks, far more for small layers
 )
-_Draws = Iterator[Tensor]  # a row each: probe times its image, entry by entry
-_Answer = tuple[list[float], float]  # of a layer: sums of the draws, squared deviations of their entries
+_Draws = Iterator[Tensor]  # a row for each group: probe times its image, entry by entry
+_Answer = tuple[list[list[float]], float]  # of a layer: each group's sums of the draws, squared deviations of entries
 _Answers = tuple[dict[str, _Answer], dict[str, _Answer]]  # of a batch: by layer, of joint and of own draws
 
 
 class Tally:
     """Probes of one block and what they tell of its trace.
 
-    The matrix is a sum over batches b, and each batch has probes of its own, ``v_b' H_b v_b``: for the same products
-    that has a fraction of the variance of one probe through all batches, as the terms between batches are gone.
+    The matrix is a sum over groups b of examples (see `groups.py`; a batch where it has none), and each has probes of
+    its own, ``v_b' H_b v_b``: for the same products that has a fraction of the variance of one probe through all
+    examples, as the terms between groups are gone.
 
     The sample variance of a few numbers is a poor guide: they are skewed like a chi-square where one eigenvalue
     rules, and stopping when they happen to agree makes it worse. But each probe also gives the estimate v * (H_b v) of
@@ -43,30 +44,31 @@ class Tally:
     * own probes (zero outside the block): the variance of a draw (a probe of every batch) is ``2 E`` exactly;
     * joint probes: between E (all of it from the cross blocks) and 2 E (none).
 
-    E averages over all weights of the block, so it is good with two draws. It is taken within batches: what differs
-    between batches is data, not error.
+    E averages over all weights of the block, so it is good with two draws. It is taken within groups: what differs
+    between groups is data, not error.
     """
 
     def __init__(self, joint: bool) -> None:
         self.joint = joint
         self.samples: list[float] = []  # a draw each
-        self.batches = 0
-        self._squares = 0.0  # within batches: of the entries
+        self.groups = 0
+        self._squares = 0.0  # within groups: of the entries
         self._scatter = 0.0  # and of their sums
         self._freedom = 0
 
     def add(self, batches: list[_Answer], draws: int) -> None:
-        """Count a pass over all batches: each one's sums of its draws, and squared deviations of their entries."""
-        self.samples += [math.fsum(sums[draw] for sums, _ in batches) for draw in range(draws)]
-        self.batches = len(batches)
+        """Count a pass over all batches."""
+        groups = [sums for mine, _ in batches for sums in mine]
+        self.samples += [math.fsum(sums[draw] for sums in groups) for draw in range(draws)]
+        self.groups = len(groups)
         self._freedom += draws - 1
         self._squares += math.fsum(squares for _, squares in batches)
-        self._scatter += math.fsum(draws * float(np.var(sums)) for sums, _ in batches)
+        self._scatter += math.fsum(draws * float(np.var(sums)) for sums in groups)
 
     @property
     def probes(self) -> int:
-        """How many probes there were, over draws and batches."""
-        return len(self.samples) * self.batches
+        """How many probes there were, over draws and groups."""
+        return len(self.samples) * self.groups
 
     @property
     def spread(self) -> float:
@@ -98,7 +100,7 @@ class Trace:
     One Rademacher probe v over all tensors gives every layer: v_l . (H v)_l is unbiased for tr H_ll, with variance
     2 * (off-diagonal squares of H_ll) + sum over other layers m of ||H_lm||_F^2. The second term drowns a small layer
     beside large ones; such layers get probes of their own, which have the first term only and cost a layer's
-    product. Every batch is probed afresh, see :class:`Tally`: many batches make few draws do.
+    product. Every group of examples is probed afresh, see :class:`Tally`: many groups make few draws do.
 
     After a first pass the number of joint draws that minimises the predicted cost is chosen, and own draws where they
     are cheaper; the cost of a layer's product is taken to be the share of the weights that lie in the layer and above
@@ -167,12 +169,13 @@ class Trace:
         found, mesh = list[_Answers](), mesh_of(point.gradient.values())
         for number, part in enumerate(point.operator(self.matrix).parts(), point.objective.share.start):
 
-            def draws(of: str, count: int, number: int = number, part: Part = part) -> _Draws:
-                like = select(point.gradient, names[of])
+            def draws(of: str, count: int, number: int = number, part: Part[Any] = part) -> _Draws:
+                like = _of_groups(select(point.gradient, names[of]), part.groups)
                 for draw in range(done[of], done[of] + count):
                     probe = rademacher(like, seed, self.name, of, draw, number)
-                    image = part(names[of], probe)
-                    yield flat(probe) * flat({n: image[n] if n in image else torch.zeros_like(like[n]) for n in like})
+                    image = part.each(names[of], probe)
+                    image = {n: image.pop(n) if n in image else torch.zeros_like(probe[n]) for n in like}
+                    yield _rows(image, part.groups).mul_(_rows(probe, part.groups))
 
             shared = _entries(draws("", order.joint), sizes, mesh)
             alone: dict[str, _Answer] = {}
@@ -249,23 +252,38 @@ class _Order:
     own: dict[str, int]
 
 
+def _of_groups(like: Tree, groups: int) -> Tree:
+    """Return the tensors, once for every group along a first axis if there are several; nothing is copied."""
+    return like if groups == 1 else {name: tensor.expand(groups, *tensor.shape) for name, tensor in like.items()}
+
+
+def _rows(a: Tree, groups: int) -> Tensor:
+    """Return all entries, a row for each group; of shards those of this process."""
+    return flat(a)[None] if groups == 1 else torch.cat([tensor.reshape(groups, -1) for tensor in a.values()], 1)
+
+
 def _entries(draws: _Draws, sizes: Mapping[str, int], mesh: Any) -> dict[str, _Answer]:
-    """Return for each layer the sums of the draws, and the squared deviations of their entries from the mean.
+    """Return for each layer each group's sums of the draws, and the squared deviations of their entries from the mean.
 
     The rows that the draws give are those of this process where there is a mesh.
     """
     sums, squares, total = list[Tensor](), list[Tensor](), None
-    for row in draws:
-        sums.append(_by_layer(row, sizes))
-        squares.append(_by_layer(row * row, sizes))
-        total = row if total is None else total + row
+    for rows in draws:
+        pieces = torch.split(rows, list(sizes.values()), 1)
+        sums.append(torch.stack([piece.sum(1, dtype=torch.float64) for piece in pieces]))
+        squares.append(_squares(pieces))
+        total = rows if total is None else total.add_(rows)
     if total is None:
         return {}
-    off = torch.stack(squares).sum(0) - _by_layer(total * total, sizes) / len(sums)
-    found = over_ranks(torch.stack([*sums, off.clamp(min=0)]), mesh)
-    columns = found.T.tolist()  # the only place that waits for the device
-    return {layer: (column[:-1], column[-1]) for layer, column in zip(sizes, columns, strict=True)}
+    off = torch.stack(squares).sum(0) - _squares(torch.split(total, list(sizes.values()), 1)) / len(sums)
+    # A column for each draw of each group, and one more.
+    found = over_ranks(torch.cat([torch.stack(sums, 2).flatten(1), off.clamp(min=0)[:, None]], 1), mesh)
+    count = len(sums)
+    return {
+        layer: ([row[start : start + count] for start in range(0, len(row) - 1, count)], row[-1])
+        for layer, row in zip(sizes, found.tolist(), strict=True)  # the only place that waits for the device
+    }
 
 
-def _by_layer(row: Tensor, sizes: Mapping[str, int]) -> Tensor:
-    return torch.stack([piece.sum(dtype=torch.float64) for piece in torch.split(row, list(sizes.values()))])
+def _squares(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(piece * piece).sum(dtype=torch.float64) for piece in pieces])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,36 +12,51 @@ import torch
 from torch import Tensor
 
 from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes, twice_differentiable
+from sharpscope.curvature.groups import Grouping, Piece, Views, grouping, mapped
 from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
-from sharpscope.tree import Tree
+from sharpscope.tree import Tree, select
 
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """The gradient of one batch with the graph to differentiate it again."""
+    """The gradient of a piece with the graph to differentiate it again."""
 
     loss: Tensor
-    gradient: Tree  # tensors the loss does not touch are absent
-    leaves: Tree
+    slopes: Tree  # the gradient by each view; tensors the loss does not touch are absent
+    views: Views
     products: Products
 
-    def product(self, names: Sequence[str], v: Tree) -> Tree:
-        """Return what the batch adds to the block of the named tensors times v; tensors without a part are absent."""
+    @property
+    def groups(self) -> range:
+        """Those of the batch that it holds, or holds a part of."""
+        return self.views.groups
+
+    @property
+    def gradient(self) -> Tree:
+        """The gradient by the weights, without its graph."""
+        return self.views.shaped(self.slopes, [slope.detach() for slope in self.slopes.values()], False)
+
+    def product(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
+        """Return what the piece adds to the block of the named tensors times v; tensors without a part are absent.
+
+        With ``each``, v and the product have a first axis over the groups.
+        """
         # A gradient without grad_fn is constant: its row of the Hessian is zero.
-        live = [n for n in names if n in self.gradient and self.gradient[n].requires_grad]
+        live = [n for n in names if n in self.slopes and self.slopes[n].requires_grad]
         if not live:
             return {}
-        gradient, by = [self.gradient[n] for n in live], [self.leaves[n] for n in names]
+        slopes, by = [self.slopes[n] for n in live], [self.views.tensors[n] for n in names]
 
         def product(v: Tree) -> Tree:
-            directions = [v[n] for n in live]
+            directions = self.views.directions(v, live, each)
             with twice_differentiable():
-                found = torch.autograd.grad(gradient, by, directions, retain_graph=True, allow_unused=True)
-            return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+                found = torch.autograd.grad(slopes, by, directions, retain_graph=True, allow_unused=True)
+            return self.views.shaped(names, found, each)
 
-        return self.products(tuple(names), {n: v[n] for n in live}, product)
+        directed = {n: v[n] for n in live}
+        return self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Place:
     weights: Tree
     leaves: Tree
     graphs: Graphs[Any]
+    grouping: Grouping
     budget: int  # bytes that kept graphs may take
     asked: int | None = None
 
@@ -73,7 +89,7 @@ class Place:
         """
         leaves = {name: self.leaves[name].detach().requires_grad_() for name in names}
         weights = {**{name: tensor.detach() for name, tensor in self.weights.items()}, **leaves}
-        batches, room = self.objective.own_batches[first:], self.budget - self.graphs.kept_bytes
+        batches, room = self.grouping.cut(self.objective)[first:], self.budget - self.graphs.kept_bytes
         return Graphs(partial(_graph, self.objective, weights, leaves), batches, weights.values(), room)
 
 
@@ -89,6 +105,7 @@ class Workspace:
         self._recording = recording
         self._held: Place | None = None
         self._recorder: Recorder | None = None
+        self._grouping: tuple[Objective, Grouping] | None = None
 
     def clear(self) -> None:
         """Let go of the memory."""
@@ -105,11 +122,12 @@ class Workspace:
             self._recorder.on = False
             warnings.warn("a recorded gradient went astray: from here on none is recorded", stacklevel=2)
         self.clear()
+        grouping = self._grouped(objective, weights, names)
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         # What processes gather meanwhile cannot be recorded.
         if self._recorder.on and objective.pieces == 1 and objective.again is None:
             try:
-                self._held = self._recorded(objective, weights, names, budget, graph_bytes)
+                self._held = self._recorded(objective, grouping, weights, names, budget, graph_bytes)
                 return self._held
             except torch.OutOfMemoryError:
                 raise
@@ -118,23 +136,35 @@ class Workspace:
                 warnings.warn(f"gradients run unrecorded: {shortened(refusal)}", stacklevel=2)
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
         make = partial(_graph, objective, {**weights, **leaves}, leaves)
-        graphs = Graphs(make, objective.own_batches, weights.values(), budget, objective.pieces, objective.again)
-        return Place(objective, {**weights, **leaves}, leaves, graphs, budget)
+        graphs = Graphs(make, grouping.cut(objective), weights.values(), budget, objective.again)
+        return Place(objective, {**weights, **leaves}, leaves, graphs, grouping, budget)
+
+    def _grouped(self, objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
+        """Return the objective's grouping, found once."""
+        if self._grouping is None or self._grouping[0] is not objective:
+            self._grouping = objective, grouping(objective, weights, names)
+        return self._grouping[1]
 
     def _recorded(
-        self, objective: Objective, weights: Tree, names: Sequence[str], budget: int, asked: int | None
+        self,
+        objective: Objective,
+        grouping: Grouping,
+        weights: Tree,
+        names: Sequence[str],
+        budget: int,
+        asked: int | None,
     ) -> Place:
         assert self._recorder is not None
         own = {name: tensor.detach().clone() for name, tensor in weights.items()}
         leaves = {name: own[name].requires_grad_() for name in names}
-        batches = objective.own_batches
+        batches = grouping.cut(objective)
         with self._recorder.stream():
-            for batch in {len(batch.targets): batch for batch in batches}.values():
-                _warm_up(objective, own, leaves, batch)
+            for (piece,) in {len(pieces[0].batch.targets): pieces for pieces in batches}.values():
+                _warm_up(objective, own, leaves, piece)
         torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
         graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder), batches, own, budget)
         next(iter(graphs), None)  # what cannot be recorded shows here
-        return Place(objective, own, leaves, graphs, budget, asked)
+        return Place(objective, own, leaves, graphs, grouping, budget, asked)
 
     @staticmethod
     def _moved(place: Place, weights: Tree) -> bool:
@@ -152,68 +182,79 @@ class _InPlace(Graphs[RenewedGraph]):
     """Graphs computed anew where they lie: the kept ones at each point, one of each size for all batches beyond."""
 
     def __init__(
-        self, make: Callable[[Batch], RenewedGraph], batches: Sequence[Batch], weights: Tree, budget: int
+        self,
+        make: Callable[[Piece], RenewedGraph],
+        batches: Sequence[Sequence[Piece]],
+        weights: Tree,
+        budget: int,
     ) -> None:
         super().__init__(make, batches, weights.values(), budget)
         self._spare: dict[int, RenewedGraph] = {}
 
     def renew(self) -> None:
-        for graph, batch in zip(self.kept, self._batches, strict=False):
-            graph.renew(batch)
+        for graph, (piece,) in zip(self.kept, self._batches, strict=False):
+            graph.renew(piece.batch)
 
-    def _first(self, batch: Batch) -> RenewedGraph:
-        graph = super()._first(batch)
+    def _first(self, piece: Piece) -> RenewedGraph:
+        graph = super()._first(piece)
         if self._full:
-            self._spare[len(batch.targets)] = graph
+            self._spare[len(piece.batch.targets)] = graph
         return graph
 
-    def _again(self, batch: Batch) -> RenewedGraph:
-        size = len(batch.targets)
+    def _again(self, piece: Piece) -> RenewedGraph:
+        size = len(piece.batch.targets)
         if size not in self._spare:
-            self._spare[size] = self._make(batch)
-        self._spare[size].renew(batch)
+            self._spare[size] = self._make(piece)
+        self._spare[size].renew(piece.batch)
         return self._spare[size]
 
 
 def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
     """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
     leaves = {name: weights[name].detach().requires_grad_() for name in names}
-    found = _differentiated(objective, {**weights, **leaves}, leaves, objective.batches[0], fused=False)
-    return GradientGraph(*found, leaves, Products())
+    found = _differentiated(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
+    return GradientGraph(*found, Products())
 
 
 def _differentiated(
-    objective: Objective, weights: Tree, leaves: Tree, batch: Batch, *, fused: bool = True
-) -> tuple[Tensor, Tree]:
-    """Return loss and gradient of the batch, the gradient with its graph."""
-    with torch.enable_grad(), smooth(on=fused and next(iter(leaves.values())).is_cuda):
-        loss = objective.part(weights, batch)
-        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True
+) -> tuple[Tensor, Tree, Views]:
+    """Return loss and gradient of the piece, the gradient with its graph, and what it is by."""
+    views = Views.of(leaves, piece)
+
+    def part(own: Tree, batch: Batch) -> Tensor:
+        return objective.part({**weights, **own}, batch)
+
+    fused = fused and next(iter(leaves.values())).is_cuda
+    with torch.enable_grad(), smooth(on=fused, batched=views.several):
+        loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)
+        found = torch.autograd.grad(loss, list(views.tensors.values()), create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
-    return loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None}
+    return loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None}, views
 
 
-def _graph(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> GradientGraph:
-    return GradientGraph(*_differentiated(objective, weights, leaves, batch), leaves, Products())
+def _graph(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> GradientGraph:
+    return GradientGraph(*_differentiated(objective, weights, leaves, piece), Products())
 
 
-def _warm_up(objective: Objective, weights: Tree, leaves: Tree, batch: Batch) -> None:
+def _warm_up(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> None:
     """Compile kernels and set up libraries, which none may record."""
-    graph = _graph(objective, weights, leaves, batch)
-    graph.product(tuple(leaves), {name: tensor.detach() for name, tensor in graph.gradient.items()})
+    graph = _graph(objective, weights, leaves, piece)
+    for names in (list(leaves), list(leaves)[:1]):  # what a layer's product needs of those above is less
+        graph.product(names, select(graph.gradient, [name for name in names if name in graph.gradient]))
 
 
 def _recorded_graph(
-    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, batch: Batch
+    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, piece: Piece
 ) -> RenewedGraph:
-    examples = batch.copy()
+    examples = replace(piece, batch=piece.batch.copy())
 
     def renew(batch: Batch) -> None:
         with recorder.stream():
-            examples.take(batch)
+            examples.batch.take(batch)
             replay()
 
     with recorder.stream():
-        replay, (loss, gradient) = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
-    renew(batch)
-    return RenewedGraph(loss, gradient, leaves, Products(recorder, len(batch.targets)), renew)
+        replay, found = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
+    renew(piece.batch)
+    return RenewedGraph(*found, Products(recorder, len(piece.batch.targets)), renew)

@@ -1,0 +1,206 @@
+"""Groups of a batch's examples with weights of their own in one graph: against each group by itself, in float64."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from nets import made
+from torch import nn
+
+from sharpscope.curvature import groups, workspace
+from sharpscope.curvature.groups import Grouping, grouping, pieces_of
+from sharpscope.curvature.point import Point
+from sharpscope.curvature.trace import Trace
+from sharpscope.losses import contrastive, cross_entropy
+from sharpscope.network import network
+from sharpscope.objective import Batch, Objective
+from sharpscope.partition import container_names, partition
+from sharpscope.table import MODEL
+from sharpscope.tree import norm, rademacher
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "smooth"])
+def routes(request, monkeypatch):
+    """The closed forms of second derivatives too, as on a GPU."""
+    if request.param:
+        kind = workspace.smooth
+        monkeypatch.setattr(workspace, "smooth", lambda on, batched: kind(batched=batched))
+
+
+def images(count=48, seed=0):
+    made_by = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 1, 4, 4, generator=made_by, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=made_by)
+
+
+def objective(net, count=48, **more):
+    return Objective(network(net, "net").forward, cross_entropy, (Batch(*images(count)),), **more)
+
+
+def weights_of(net):
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def point(net, fn, **more):
+    return Point(fn, weights_of(net), list(dict(net.named_parameters())), **more)
+
+
+def without_biases():
+    """As the patches of a CLIP."""
+    torch.manual_seed(0)
+    patch = nn.Conv2d(1, 6, 2, stride=2, bias=False)
+    rest = nn.Flatten(), nn.Linear(24, 5, bias=False), nn.GELU(), nn.LayerNorm(5, bias=False), nn.Linear(5, 3)
+    return nn.Sequential(patch, *rest).double().eval()
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("kind", ["mlp", "conv", "vit", "without biases"])
+@pytest.mark.usefixtures("routes")
+def test_each_groups_product_is_that_of_the_group_by_itself(kind, matrix):
+    net = without_biases() if kind == "without biases" else made(kind)
+    fn = objective(net)
+    whole = point(net, fn)
+    assert whole.grouping.of(fn.batches[0]) == 3
+    (part,) = whole.operator(matrix).parts()
+    like = {name: leaf.expand(3, *leaf.shape) for name, leaf in whole.leaves.items()}
+    v = rademacher(like, "probe")
+    found = part.each(tuple(v), v)
+    for g, batch in enumerate(fn.batches[0].split(3)):
+        alone = point(net, Objective(fn.forward, lambda z, t: cross_entropy(z, t) / 3, (batch,)))
+        image = alone.operator(matrix).product({name: tensor[g] for name, tensor in v.items()})
+        for name, tensor in image.items():
+            torch.testing.assert_close(found[name][g], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("routes")
+def test_gradient_and_products_with_one_vector_are_those_of_the_batch(monkeypatch):
+    net = made("vit")
+    grouped = point(net, objective(net))
+    monkeypatch.setattr(groups, "LEAST", 100)
+    plain = point(net, objective(net))
+    assert plain.grouping.of(plain.objective.batches[0]) == 1
+    v = rademacher(plain.gradient, "v")
+    for mine, theirs in ((grouped.gradient, plain.gradient), (grouped.product(v), plain.product(v))):
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-12)
+    assert grouped.loss == pytest.approx(plain.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 4, 7, 200])
+def test_in_pieces_groups_have_the_same_probes_and_products(pieces):
+    net = made("vit")
+    fn = objective(net)
+    whole, cut = point(net, fn), point(net, replace(fn, pieces=pieces))
+    layers = partition(list(whole.leaves), containers=container_names(net))
+    for measure in (Trace(most=4), Trace(most=4, matrix="gauss_newton")):
+        one, other = (dict(measure(p, layers, 0)) for p in (whole, cut))
+        for layer, estimate in one.items():
+            assert other[layer].draws == estimate.draws
+            np.testing.assert_allclose(other[layer].samples, estimate.samples, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("count", "number", "pieces"), [(48, 3, 1), (48, 3, 2), (48, 3, 8), (50, 2, 3), (17, 1, 4)])
+def test_pieces_hold_every_example_once_and_know_their_groups(count, number, pieces):
+    found = pieces_of(Batch(torch.arange(count), torch.arange(count)), number, pieces)
+    assert torch.cat([piece.batch.targets for piece in found]).equal(torch.arange(count))
+    each = count // number
+    for piece in found:
+        rows = piece.batch.targets
+        assert piece.groups == range(int(rows[0]) // each, int(rows[-1]) // each + 1)
+    assert max(len(piece.batch.targets) for piece in found) <= max(each, -(-count // pieces)) + each * (pieces > 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"), [(512, 100, 32), (512, 20, 16), (50, 9, 2), (47, 9, 1), (9, 9, 1)]
+)
+def test_groups_are_of_one_size_and_not_too_small(count, most, expected):
+    assert Grouping(most).of(Batch(torch.zeros(count), torch.zeros(count))) == expected
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = made("mlp")
+
+
+class Reads(Wrapped):
+    """Control flow by what is computed."""
+
+    def forward(self, x):
+        return self.net(x) if float(x.sum()) > -1e9 else self.net(-x)
+
+
+class Mixes(Wrapped):
+    """Examples depend on each other."""
+
+    def forward(self, x):
+        return self.net(x - x.mean(0))
+
+
+class Texts(Wrapped):
+    """Something is computed once a batch that has as much work as some examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.classes = nn.Linear(16, 16, bias=False).double()
+        self.register_buffer("texts", torch.randn(64, 16, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x + self.classes(self.texts).mean(0).view(1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", [Reads, Mixes, Texts])
+def test_models_whose_examples_are_no_groups_have_none(kind):
+    net = kind().eval()
+    found = point(net, objective(net))
+    assert found.grouping == Grouping()
+    v = rademacher(found.gradient, "v")
+    assert norm(found.product(v)) > 0
+
+
+def test_a_contrastive_batch_has_no_groups():
+    batch = Batch(torch.randn(32, 4).double(), torch.arange(32))
+    fn = Objective(lambda w, x: (x @ w["a"]) @ x.T, contrastive, (batch,))
+    assert grouping(fn, {"a": torch.eye(4).double()}, ["a"]) == Grouping()
+
+
+def test_inputs_by_name_are_grouped_too():
+    torch.manual_seed(0)
+    inputs = {"a": torch.randn(32, 4).double(), "b": torch.randn(32, 5).double()}
+    weights = {"one": torch.randn(4, 3).double(), "two": torch.randn(5, 3).double()}
+    batch = Batch(inputs, torch.arange(32) % 3)
+    fn = Objective(lambda w, x: (x["a"] @ w["one"]) * (x["b"] @ w["two"]), cross_entropy, (batch,))
+    found = Point(fn, weights, list(weights))
+    assert found.grouping.of(batch) == 2
+    for name, tensor in fn.gradient(weights, weights)[1].items():
+        torch.testing.assert_close(found.gradient[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_a_probe_of_all_groups_has_room():
+    net = made("mlp")
+    fn, weights = objective(net, 320), weights_of(net)
+    names = list(dict(net.named_parameters()))
+    size = sum(weights[name].nbytes for name in names)
+    room = groups._memory(torch.device("cpu")) * groups.ROOM
+    assert grouping(fn, weights, names).most == int(room / size)
+
+
+def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):
+    """The same images, as many draws: values that agree, a smaller error, and a spread as it says."""
+    net = made("vit")
+    fn = objective(net, 320)
+    layers = partition(list(dict(net.named_parameters())), containers=container_names(net))
+    measure = Trace(first=30, most=30)
+    grouped = [dict(measure(point(net, fn), layers, seed)) for seed in range(12)]
+    assert grouped[0][layers.names and next(iter(layers.layers))].draws == 30 * 20
+    monkeypatch.setattr(groups, "LEAST", 1000)
+    plain = [dict(measure(point(net, fn), layers, seed)) for seed in range(12)]
+    for layer in grouped[0]:
+        mine, theirs = ([run[layer] for run in runs] for runs in (grouped, plain))
+        gap = np.mean([e.value for e in mine]) - np.mean([e.value for e in theirs])
+        assert abs(gap) < 4 * math.hypot(mine[0].stderr, theirs[0].stderr) / math.sqrt(12), layer
+        assert mine[0].stderr < theirs[0].stderr, layer
+        if layer != MODEL:
+            assert 0.4 < np.std([e.value for e in mine], ddof=1) / mine[0].stderr < 1.8, layer
