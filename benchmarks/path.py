@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=int, default=3, help="how many, from 0 in steps of a tenth or of --move")
     parser.add_argument("--move", type=float, nargs="+", help="from alpha to alpha, over the weights' norm")
     parser.add_argument("--images", type=int, nargs="+", help="measured images; default: as in towers.py")
-    parser.add_argument("--batch", type=int, help="images in a batch, which has trace probes of its own")
+    parser.add_argument("--batch", type=int, nargs="+", help="images in a batch, for each number of images")
     parser.add_argument("--unit", type=int, default=512, help="images in a batch of the gradient that is the unit")
     parser.add_argument("--memory", type=int, help="GiB of the GPU that may be taken; default: all")
     parser.add_argument("--out", type=FilePath)
@@ -96,8 +96,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with matmul_precision(chosen.precision), limited(chosen.memory and chosen.memory * 2**30, chosen.device):
         ends = [train(SIZES[chosen.size], state, chosen.device)[0] for state in (chosen.state, "converged")]
-        for count, move in product(chosen.images or [SIZES[chosen.size].images], chosen.move or [None]):
-            for row in along(chosen, ends, count, move):
+        counts = chosen.images or [SIZES[chosen.size].images]
+        cases = zip(counts, chosen.batch or [SIZES[chosen.size].batch] * len(counts), strict=True)
+        for (count, batch), move in product(cases, chosen.move or [None]):
+            for row in along(chosen, ends, count, batch, move):
                 rows.append(row)
                 print(row, flush=True)
                 if chosen.out:
@@ -105,7 +107,7 @@ def main() -> None:
 
 
 def along(
-    chosen: argparse.Namespace, ends: list[dict[str, torch.Tensor]], count: int, move: float | None
+    chosen: argparse.Namespace, ends: list[dict[str, torch.Tensor]], count: int, batch: int, move: float | None
 ) -> Iterator[dict[str, Any]]:
     """Yield what each alpha costs, for so many images."""
     size, device = SIZES[chosen.size], torch.device(chosen.device)
@@ -113,12 +115,13 @@ def along(
     path = Path(*({n: w[n].to(device) for n in net.parameters} for w in ends))
     buffers, parted = {n: b.to(device) for n, b in net.buffers.items()}, layers(net.module)
     x, y = (torch.cat(both).to(device) for both in zip(*images(size, count), strict=True))
-    batches = {b: tuple(map(Batch, x.split(b), y.split(b))) for b in (chosen.batch or size.batch, chosen.unit)}
-    objective = Objective(net.forward, cross_entropy, batches[chosen.batch or size.batch])
+    batches = {b: tuple(map(Batch, x.split(b), y.split(b))) for b in (batch, chosen.unit)}
+    objective = Objective(net.forward, cross_entropy, batches[batch])
     plain = Objective(net.forward, cross_entropy, batches[chosen.unit])
     memory, workspace = Memory(None), Workspace()
     warm = Point(Objective(net.forward, cross_entropy, objective.batches[:1]), {**buffers, **path(0.0)}, parted.names)
     warm.product(warm.gradient)  # kernels are compiled once in a process; that is no cost of an alpha
+    warm.block_product(parted.names[:1], warm.gradient)
     del warm
     length = norm(path.delta) / norm(path.start)
     stride = 0.1 if move is None else move / length
@@ -129,7 +132,7 @@ def along(
         guesses = memory.before(index, path.start, 1.0 if index > 1 else 0.0)
         row, kept = at(objective, plain, {**buffers, **path(alpha)}, parted, guesses, workspace)
         memory.keep(index, kept)
-        yield {"images": count, "alpha": alpha, "move": stride * length, **row}
+        yield {"images": count, "batch": batch, "alpha": alpha, "move": stride * length, **row}
 
 
 def write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

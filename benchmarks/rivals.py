@@ -43,13 +43,14 @@ def sharpscope(task: Task) -> Iterator[Answer]:
     net = network(task.module("sdpa"), "the tower")  # sharpscope unfuses attention itself
     summed = partial(nn.functional.cross_entropy, reduction="sum")
     x, y = task.whole
-    own = task.size.probe_batch  # every batch has probes of its own, so small ones need fewer; the images are the same
+    own = task.size.probe_batch
     batches = tuple(Batch(*pair) for pair in zip(x.split(own), y.split(own), strict=True))
     objective = Objective(net.forward, summed, batches)
     names, weights = tuple(net.parameters), {**net.parameters, **net.buffers}
     if task.device.startswith("cuda"):
         compiled = Point(Objective(net.forward, summed, batches[:1]), weights, names)
         compiled.product(compiled.gradient)
+        compiled.block_product(names[:1], compiled.gradient)
         del compiled
         yield Answer("kernels", MODEL)  # once in a process: no cost of an alpha
     point = Point(objective, weights, names, workspace=Workspace())

@@ -52,10 +52,10 @@ def path() -> str:
         sharpness = sum(costs[m] for m in measured[:3])
         slower = row["gradient_seconds"] / row["gradient_seconds_in_its_batches"]
         rows.append(
-            [row["images"], f"{row['alpha']:.1f}", *(f"{costs[m]:.1f}" for m in measured), f"**{sharpness:.0f}**",
-             f"{sharpness * slower:.0f}", f"{whole}, {blocks}", f"{sum(row['seconds'].values()):.1f}"]
+            [row["images"], row["batch"], f"{row['alpha']:.1f}", *(f"{costs[m]:.1f}" for m in measured),
+             f"**{sharpness:.0f}**", f"{sharpness * slower:.0f}", f"{whole}, {blocks}", f"{sum(row['seconds'].values()):.1f}"]
         )  # fmt: skip
-    head = ["images", "alpha", "point", "trace", "eigenvalue", "m-sharpness", "first three",
+    head = ["images", "batch", "alpha", "point", "trace", "eigenvalue", "m-sharpness", "first three",
             "in gradients of its batches", "whole, block products", "seconds"]  # fmt: skip
     peak, limit = max(row["peak_bytes"] for row in result["rows"]), result["settings"]["memory"]
     return f"{table(head, rows)}\n\n{about(result)} Peak {peak / GIB:.0f} GiB, limit {limit}."

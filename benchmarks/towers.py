@@ -22,7 +22,7 @@ class Size:
     batch: int
     rate: float
     steps: dict[str, int]  # state -> optimiser steps
-    probe_batch: int  # of sharpscope
+    probe_batch: int  # of sharpscope, whose groups within a batch have probes of their own; of the reference too
 
     @property
     def pixels(self) -> int:
@@ -47,7 +47,7 @@ SIZES = {
         batch=32,
         rate=3e-4,
         steps={"random": 0, "trained": 30, "converged": 300},
-        probe_batch=8,
+        probe_batch=64,
     ),
     # The vision configuration of CLIP ViT-B/32: 87.5 M weights, 15 layers.
     "b32": Size(
@@ -65,7 +65,7 @@ SIZES = {
         batch=256,
         rate=3e-5,
         steps={"random": 0, "trained": 100, "converged": 600},
-        probe_batch=128,
+        probe_batch=512,
     ),
     # The vision configuration of CLIP ViT-L/14: 303 M weights, 27 layers.
     "l14": Size(

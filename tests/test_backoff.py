@@ -66,7 +66,7 @@ def test_one_graph_of_a_piece_is_there_at_a_time():
     alive, most = [0], [0]
 
     class Graph:
-        groups = range(1)
+        groups, nbytes = range(1), 0
 
         def __init__(self, piece):
             alive[0] += 1

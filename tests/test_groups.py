@@ -62,13 +62,13 @@ def test_each_groups_product_is_that_of_the_group_by_itself(kind, matrix):
     net = without_biases() if kind == "without biases" else made(kind)
     fn = objective(net)
     whole = point(net, fn)
-    assert whole.grouping.of(fn.batches[0]) == 3
+    assert whole.grouping.of(fn.batches[0]) == 6
     (part,) = whole.operator(matrix).parts()
-    like = {name: leaf.expand(3, *leaf.shape) for name, leaf in whole.leaves.items()}
+    like = {name: leaf.expand(6, *leaf.shape) for name, leaf in whole.leaves.items()}
     v = rademacher(like, "probe")
     found = part.each(tuple(v), v)
-    for g, batch in enumerate(fn.batches[0].split(3)):
-        alone = point(net, Objective(fn.forward, lambda z, t: cross_entropy(z, t) / 3, (batch,)))
+    for g, batch in enumerate(fn.batches[0].split(6)):
+        alone = point(net, Objective(fn.forward, lambda z, t: cross_entropy(z, t) / 6, (batch,)))
         image = alone.operator(matrix).product({name: tensor[g] for name, tensor in v.items()})
         for name, tensor in image.items():
             torch.testing.assert_close(found[name][g], tensor, rtol=1e-9, atol=1e-12)
@@ -113,7 +113,7 @@ def test_pieces_hold_every_example_once_and_know_their_groups(count, number, pie
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "expected"), [(512, 100, 32), (512, 20, 16), (50, 9, 2), (47, 9, 1), (9, 9, 1)]
+    ("count", "most", "expected"), [(512, 100, 64), (512, 20, 16), (50, 9, 5), (47, 9, 1), (9, 9, 1)]
 )
 def test_groups_are_of_one_size_and_not_too_small(count, most, expected):
     assert Grouping(most).of(Batch(torch.zeros(count), torch.zeros(count))) == expected
@@ -173,7 +173,7 @@ def test_inputs_by_name_are_grouped_too():
     batch = Batch(inputs, torch.arange(32) % 3)
     fn = Objective(lambda w, x: (x["a"] @ w["one"]) * (x["b"] @ w["two"]), cross_entropy, (batch,))
     found = Point(fn, weights, list(weights))
-    assert found.grouping.of(batch) == 2
+    assert found.grouping.of(batch) == 4
     for name, tensor in fn.gradient(weights, weights)[1].items():
         torch.testing.assert_close(found.gradient[name], tensor, rtol=1e-9, atol=1e-12)
 
@@ -194,7 +194,7 @@ def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):
     layers = partition(list(dict(net.named_parameters())), containers=container_names(net))
     measure = Trace(first=30, most=30)
     grouped = [dict(measure(point(net, fn), layers, seed)) for seed in range(12)]
-    assert grouped[0][layers.names and next(iter(layers.layers))].draws == 30 * 20
+    assert grouped[0][next(iter(layers.layers))].draws == 30 * 40
     monkeypatch.setattr(groups, "LEAST", 1000)
     plain = [dict(measure(point(net, fn), layers, seed)) for seed in range(12)]
     for layer in grouped[0]:

@@ -10,7 +10,7 @@ from sharpscope import tree
 from sharpscope.curvature.attention import attention
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.recorded import Products, Recorder
-from sharpscope.curvature.smooth import smooth
+from sharpscope.curvature.smooth import _norm_bend, _norm_slope, smooth
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
 from sharpscope.network import network
@@ -225,8 +225,8 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype):
             weights = {name: (tensor.detach() + step).to(device) for name, tensor in of.parameters.items()}
             point = Point(fn, weights, list(weights), workspace=space)
             (part,) = point.parts()
-            assert part.groups == 6
-            v = {n: heads(6, *t.shape, dtype=dtype, seed=7).to(device) for n, t in weights.items()}
+            assert part.groups == 12
+            v = {n: heads(12, *t.shape, dtype=dtype, seed=7).to(device) for n, t in weights.items()}
             images = [part.each(tuple(v), v), point.product({n: t[0] for n, t in v.items()}), point.gradient]
             norms = {n: v[n] for n in v if n.startswith("norm")}
             images.append(part.each(tuple(norms), norms))
@@ -234,3 +234,24 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype):
         for mine, theirs in zip(*found, strict=True):
             for name, tensor in theirs.items():
                 torch.testing.assert_close(mine[name], tensor, **bound)
+
+
+@needs_gpu
+@pytest.mark.parametrize("width", [32, 96, 768, 1100])
+@pytest.mark.parametrize("own", [True, False])
+def test_kernels_of_norms_agree_with_float64(width, own):
+    c, g, x, more = (heads(3, 7, width, seed=s) for s in range(4))
+    weight, p, q = (heads(3, 1, width, seed=s) for s in range(4, 7))
+    weight = weight if own else weight[:1].expand(3, 1, width)
+    _, mean, rate = torch.native_layer_norm(x, (width,), None, None, 1e-5)
+    p, q = (p, q) if own else (None, None)
+
+    def found(*tensors):
+        c, p, q, g, x, weight, mean, rate, more = tensors
+        known = g, x, weight, mean, rate
+        return _norm_slope(*known, None), _norm_slope(*known, (more,)), *_norm_bend(c, p, q, *known)
+
+    given = c, p, q, g, x, weight, mean, rate, more
+    there = [t if t is None else t.to("cuda", torch.float32) for t in given]
+    for mine, theirs in zip(found(*there), found(*given), strict=True):
+        assert (mine.cpu() - theirs).norm() <= 1e-5 * theirs.norm()

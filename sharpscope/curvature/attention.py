@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sharpscope.curvature.fusion import Fused
+from sharpscope.curvature.fusion import Fused, kernels
 from sharpscope.curvature.passes import leave, left
 
 TOKENS, WIDTHS = 64, (16, 32, 64)  # largest number of tokens, and widths of a head, that the kernel takes
@@ -44,13 +44,7 @@ _slope, _bend = Fused(_slopes), Fused(_bends)
 def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
     """Return the module of Triton kernels if they take these tensors."""
     same = q.shape == k.shape == v.shape and q.dim() == 4 and q.shape[-2] <= TOKENS and q.shape[-1] in WIDTHS
-    if not (same and q.is_cuda and q.dtype == torch.float32):
-        return None
-    try:
-        from sharpscope.curvature import kernels
-    except ImportError:  # no triton here
-        return None
-    return kernels
+    return kernels(q) if same else None
 
 
 class _Slope(torch.autograd.Function):
@@ -96,9 +90,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        if kernels := _kernels(q, k, v):
+        if triton := _kernels(q, k, v):
             ctx.save_for_backward(q, k, v, None)
-            found: Tensor = kernels.attention(q, k, v, scale)
+            found: Tensor = triton.attention(q, k, v, scale)
             return found
         p = torch.softmax(q @ k.mT * scale, -1)
         ctx.save_for_backward(q, k, v, p)

@@ -31,3 +31,14 @@ class Fused:
                 warnings.warn(f"sharpscope runs unfused, {type(refusal).__name__} in torch.compile", stacklevel=2)
                 self._compiled = self._plain
         return self._compiled(*tensors)
+
+
+def kernels(*tensors: Tensor) -> Any:
+    """Return the module of Triton kernels if they take such tensors and triton is there."""
+    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors):
+        return None
+    try:
+        from sharpscope.curvature import kernels
+    except ImportError:
+        return None
+    return kernels

@@ -35,6 +35,11 @@ class _Graph:
         """Those of the batch that it holds, or holds a part of."""
         return self.views.groups
 
+    @property
+    def nbytes(self) -> int:
+        """Of J'u of several groups; one is no more than the weights are."""
+        return sum(tensor.nbytes for tensor in self.pulled.values()) if self.views.several else 0
+
     def moved(self, live: Sequence[str], v: Tree, each: bool) -> Tensor:
         """Return J v."""
         pulled, directions = [self.pulled[name] for name in live], self.views.directions(v, live, each)

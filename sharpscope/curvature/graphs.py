@@ -23,8 +23,7 @@ from sharpscope.objective import Again, Objective, restored, saving
 from sharpscope.sharding import local
 from sharpscope.tree import Tree, select
 
-Graph = TypeVar("Graph")
-Some = TypeVar("Some", bound="Grouped")
+Graph = TypeVar("Graph", bound="Grouped")
 
 Names = Sequence[str]
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
@@ -141,10 +140,11 @@ class Graphs(Generic[Graph]):
         counter = _SavedBytes(self._constants, self._unsaved)
         with saved_tensors_hooks(counter.pack, restored):
             graph = self._graph(piece)
-        self.largest = max(self.largest, counter.bytes)
-        self._full = self.kept_bytes + counter.bytes > self._budget
+        size = counter.bytes + graph.nbytes
+        self.largest = max(self.largest, size)
+        self._full = self.kept_bytes + size > self._budget
         if not self._full:
-            self.kept_bytes += counter.bytes
+            self.kept_bytes += size
             self.kept.append(graph)
         return graph
 
@@ -202,9 +202,13 @@ class Grouped(Protocol):
     def groups(self) -> range:
         """Which of the batch's groups."""
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds beside what autograd saved."""
+
 
 @dataclass(frozen=True)
-class Part(Generic[Some]):
+class Part(Generic[Graph]):
     """What one batch adds to the blocks of a matrix.
 
     Parameters
@@ -218,8 +222,8 @@ class Part(Generic[Some]):
         Of the batch.
     """
 
-    product: Callable[[Some, Names, Tree, bool], Tree]
-    graphs: Callable[[Names], Iterable[Some]]
+    product: Callable[[Graph, Names, Tree, bool], Tree]
+    graphs: Callable[[Names], Iterable[Graph]]
     groups: int = 1
 
     def block(self, names: Names, v: Tree) -> Tree:
@@ -248,10 +252,10 @@ class Part(Generic[Some]):
         return total
 
 
-def block_diagonal(objective: Objective, parts: Iterator[Part[Some]], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
+def block_diagonal(objective: Objective, parts: Iterator[Part[Graph]], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
     """Return the products of a matrix's blocks with vectors over tensors of their own, in one walk through the data."""
 
-    def share(part: Part[Some]) -> Tree:
+    def share(part: Part[Graph]) -> Tree:
         return {name: tensor for v in vectors.values() for name, tensor in part.block(tuple(v), v).items()}
 
     like = {name: tensor for v in vectors.values() for name, tensor in v.items()}

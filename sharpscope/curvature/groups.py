@@ -22,7 +22,7 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
 from sharpscope.tree import Tree
 
-LEAST = 16  # examples of a group; ViT-B/32: smaller ones do not lower a trace's variance further
+LEAST = 8  # examples of a group: smaller ones hardly lower the variance of a trace further
 ROOM = 1 / 16  # share of a device's memory that one probe of all groups may take
 # As a share: more work means that something is computed once a group and not once an example, such as texts.
 DEARER = 0.02

@@ -1,7 +1,7 @@
-"""Triton kernels of attention over up to 64 tokens: a program holds a whole head of an example. Imports triton.
+"""Triton kernels of attention over up to 64 tokens and of LayerNorm: a program holds a head, or a row. Imports triton.
 
-The formulas are in `attention.py`. Tensors are (examples, heads, tokens, width) over memory in the order (examples,
-tokens, heads, width), as the linear layers around attention have it: nothing is copied there.
+The formulas are in `attention.py` and `smooth.py`. Tensors of attention are (examples, heads, tokens, width) over
+memory in the order (examples, tokens, heads, width), as the linear layers around it have it: nothing is copied there.
 """
 
 from typing import Any
@@ -97,6 +97,84 @@ def _bends(
     _keep(by_q, tl.dot(ds, on_k, found, input_precision=precision), heads, tokens, width, block)
     found = tl.dot(tl.trans(w), query, input_precision=precision)
     _keep(by_k, tl.dot(tl.trans(ds), on_q, found, input_precision=precision), heads, tokens, width, block)
+
+
+@triton.jit
+def _row(x, mean, rate, weight, weight_stride, rows, width, block: tl.constexpr):
+    """Return this program's place in memory, its mask, the normalised row, its rate and its group's weight."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < width
+    at = row * width + column
+    r = tl.load(rate + row)
+    unit = tl.where(inside, (tl.load(x + at, mask=inside, other=0.0) - tl.load(mean + row)) * r, 0.0)
+    scale = tl.load(weight + row // rows * weight_stride + column, mask=inside, other=0.0)
+    return at, inside, unit, r, scale
+
+
+@triton.jit
+def _norm_slope(
+    g, x, weight, mean, rate, more, by_x, weight_stride, rows, width, block: tl.constexpr, onto: tl.constexpr
+):
+    at, inside, unit, r, scale = _row(x, mean, rate, weight, weight_stride, rows, width, block)
+    a = tl.load(g + at, mask=inside, other=0.0) * scale
+    found = r * (a - tl.sum(a, 0) / width - unit * (tl.sum(a * unit, 0) / width))
+    if onto:
+        found += tl.load(more + at, mask=inside, other=0.0)
+    tl.store(by_x + at, found, mask=inside)
+
+
+@triton.jit
+def _norm_bend(
+    c, p, q, g, x, weight, mean, rate, by_g, by_x, weight_stride, p_stride, q_stride, rows, width,
+    block: tl.constexpr, own: tl.constexpr,
+):  # fmt: skip
+    at, inside, unit, r, scale = _row(x, mean, rate, weight, weight_stride, rows, width, block)
+    given, on_x = tl.load(g + at, mask=inside, other=0.0), tl.load(c + at, mask=inside, other=0.0)
+    a = given * scale
+    mean_c, mean_a = tl.sum(on_x, 0) / width, tl.sum(a, 0) / width
+    along_c, along_a = tl.sum(on_x * unit, 0) / width, tl.sum(a * unit, 0) / width
+    whole = tl.sum(on_x * a, 0) / width - mean_c * mean_a - along_c * along_a
+    u = -r * (on_x * along_a + a * along_c)
+    found = scale * r * (on_x - mean_c - unit * along_c)
+    if own:
+        column, group = tl.arange(0, block), tl.program_id(0).to(tl.int64) // rows
+        on_weight = tl.load(p + group * p_stride + column, mask=inside, other=0.0)
+        u += given * on_weight
+        found += unit * on_weight + tl.load(q + group * q_stride + column, mask=inside, other=0.0)
+    tl.store(by_g + at, found, mask=inside)
+    found = r * (u - tl.sum(u, 0) / width - unit * (tl.sum(u * unit, 0) / width)) - unit * r * r * whole
+    tl.store(by_x + at, found, mask=inside)
+
+
+def _rows(kernel: Any, tensors: tuple[Tensor, ...], x: Tensor, groups: tuple[Tensor, ...], **how: bool) -> None:
+    width = x.shape[-1]
+    strides = [tensor.stride(0) if tensor.shape[0] > 1 else 0 for tensor in groups]
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device(x.device):
+        kernel[(x.shape[0] * x.shape[1],)](
+            *tensors, *strides, x.shape[1], width, block=block, num_warps=min(max(block // 256, 1), 16), **how
+        )
+
+
+def norm_slope(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor] | None) -> Tensor:
+    """Return LayerNorm's gradient by x ``(groups, rows, width)``, added to what there is."""
+    g, (add,), found = g.contiguous(), more or (g,), torch.empty_like(x)
+    _rows(_norm_slope, (g, x, weight, mean, rate, add.contiguous(), found), x, (weight,), onto=more is not None)
+    return found
+
+
+def norm_bend(
+    c: Tensor, p: Tensor | None, q: Tensor | None, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what cotangents of the gradients by x, weight and bias come to for g and x."""
+    own = p is not None or q is not None
+    on_weight, on_bias = (torch.zeros_like(weight) if own and part is None else part for part in (p, q))
+    on_weight, on_bias = (weight if part is None else part.contiguous() for part in (on_weight, on_bias))
+    by_g, by_x = torch.empty_like(x), torch.empty_like(x)
+    tensors = c.contiguous(), on_weight, on_bias, g.contiguous(), x, weight, mean, rate, by_g, by_x
+    _rows(_norm_bend, tensors, x, (weight, on_weight, on_bias), own=own)
+    return by_g, by_x
 
 
 def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: int, scale: float, **how: bool) -> tuple[Tensor, ...]:

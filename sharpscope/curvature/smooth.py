@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sharpscope.curvature.attention import attention, attention_of_groups, plain
-from sharpscope.curvature.fusion import Fused
+from sharpscope.curvature.fusion import Fused, kernels
 from sharpscope.curvature.groups import at_once
 from sharpscope.curvature.linear import linear
 from sharpscope.curvature.passes import goes_on, leave, left
@@ -118,34 +118,46 @@ def _projected(u: Tensor, unit: Tensor, rate: Tensor) -> Tensor:
     return rate * (u - u.mean(-1, keepdim=True) - unit * (u * unit).mean(-1, keepdim=True))
 
 
-def _norm_slopes(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
+def _slopes(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
     return _projected(g * weight, (x - mean) * rate, rate)
 
 
-def _norm_slopes_onto(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: Tensor) -> Tensor:
-    return _norm_slopes(g, x, weight, mean, rate) + more
-
-
-def _norm_bends_and_weight(
+def _bends(
     c: Tensor, p: Tensor, q: Tensor, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the derivatives by g, x, and by the weight before summing over rows; c, p, q as in `_NormSlope`."""
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by g and x; c, p, q as in `_NormSlope`."""
     unit, a = (x - mean) * rate, g * weight
-    flat = _projected(c, unit, rate)
     mean_c, mean_a = (c * unit).mean(-1, keepdim=True), (a * unit).mean(-1, keepdim=True)
     whole = (c * a).mean(-1, keepdim=True) - c.mean(-1, keepdim=True) * a.mean(-1, keepdim=True) - mean_c * mean_a
     by_x = _projected(g * p - rate * (c * mean_a + a * mean_c), unit, rate) - unit * rate * rate * whole
-    return weight * flat + unit * p + q, by_x, g * flat
+    return weight * _projected(c, unit, rate) + unit * p + q, by_x
 
 
-def _norm_bends(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives by g and x alone."""
-    by_g, by_x, _ = _norm_bends_and_weight(*tensors)
-    return by_g, by_x
+def _weight_bends(c: Tensor, g: Tensor, x: Tensor, _weight: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
+    """Return the derivative by the weight before summing over rows."""
+    return g * _projected(c, (x - mean) * rate, rate)
 
 
-_norm_slope, _norm_slope_onto = Fused(_norm_slopes), Fused(_norm_slopes_onto)
-_norm_bend, _norm_bend_and_weight = Fused(_norm_bends), Fused(_norm_bends_and_weight)
+_fused_slopes, _fused_bends, _norm_weight_bend = Fused(_slopes), Fused(_bends), Fused(_weight_bends)
+WIDEST = 8192  # row that a kernel holds
+
+
+def _norm_slope(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor] | None) -> Tensor:
+    if (triton := kernels(g, x, weight)) and x.shape[-1] <= WIDEST:
+        found: Tensor = triton.norm_slope(g, x, weight, mean, rate, more)
+    else:
+        found = _fused_slopes(g, x, weight, mean, rate)
+        found = found if more is None else found.add_(*more)
+    return found
+
+
+def _norm_bend(c: Tensor, p: Tensor | None, q: Tensor | None, *known: Tensor) -> tuple[Tensor, Tensor]:
+    if (triton := kernels(c, *known)) and c.shape[-1] <= WIDEST:
+        found: tuple[Tensor, Tensor] = triton.norm_bend(c, p, q, *known)
+    else:
+        p, q = (torch.zeros_like(known[2]) if part is None else part for part in (p, q))
+        found = _fused_bends(c, p, q, *known)
+    return found
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -173,21 +185,19 @@ class _NormSlope(torch.autograd.Function):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight, mean, rate)
+        ctx.set_materialize_grads(False)
         ctx.node = node
-        known = g, x, weight, mean, rate
-        by_x = _norm_slope(*known) if more is None else _norm_slope_onto(*known, *more)
-        return by_x, _rows(g * ((x - mean) * rate)) if wanted[0] else None, _rows(g) if wanted[1] else None
+        by_weight = _rows(g * ((x - mean) * rate)) if wanted[0] else None
+        return _norm_slope(g, x, weight, mean, rate, more), by_weight, _rows(g) if wanted[1] else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, c: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors[2]
-        known = *(torch.zeros_like(weight) if part is None else part for part in (p, q)), *ctx.saved_tensors
-        if not goes_on(ctx, 2):  # sums over rows are slow
-            by_g, by_x = _norm_bend(c, *known)
-            return by_g, *leave(ctx.node, by_x), *(None,) * 6
-        by_g, by_x, by_weight = _norm_bend_and_weight(c, *known)
-        return by_g, *leave(ctx.node, by_x), _rows(by_weight), *(None,) * 5
+    def backward(ctx: Any, c: Tensor | None, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
+        c = torch.zeros_like(ctx.saved_tensors[0]) if c is None else c
+        by_g, by_x = _norm_bend(c, p, q, *ctx.saved_tensors)
+        # A block's product does not ask for it in the layers above, and sums over rows are slow.
+        by_weight = _rows(_norm_weight_bend(c, *ctx.saved_tensors)) if goes_on(ctx, 2) else None
+        return by_g, *leave(ctx.node, by_x), by_weight, *(None,) * 5
 
 
 class _Norm(torch.autograd.Function):
@@ -210,7 +220,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return the LayerNorm over the last axis; weight and bias may have the first axis of x, as groups."""
     affine = (tensor.reshape(-1, 1, x.shape[-1]) for tensor in (weight, bias))
     groups = weight.shape[0] if weight.dim() > 1 else 1
-    found: Tensor = _Norm.apply(x.reshape(groups, -1, x.shape[-1]), *affine, eps)  # type: ignore[no-untyped-call]
+    rows = x.reshape(groups, -1, x.shape[-1]).contiguous()
+    found: Tensor = _Norm.apply(rows, *affine, eps)  # type: ignore[no-untyped-call]
     return found.view(x.shape)
 
 

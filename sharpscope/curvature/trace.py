@@ -173,9 +173,7 @@ class Trace:
                 like = _of_groups(select(point.gradient, names[of]), part.groups)
                 for draw in range(done[of], done[of] + count):
                     probe = rademacher(like, seed, self.name, of, draw, number)
-                    image = part.each(names[of], probe)
-                    image = {n: image.pop(n) if n in image else torch.zeros_like(probe[n]) for n in like}
-                    yield _rows(image, part.groups).mul_(_rows(probe, part.groups))
+                    yield _entrywise(probe, part.each(names[of], probe), part.groups)
 
             shared = _entries(draws("", order.joint), sizes, mesh)
             alone: dict[str, _Answer] = {}
@@ -257,9 +255,14 @@ def _of_groups(like: Tree, groups: int) -> Tree:
     return like if groups == 1 else {name: tensor.expand(groups, *tensor.shape) for name, tensor in like.items()}
 
 
-def _rows(a: Tree, groups: int) -> Tensor:
-    """Return all entries, a row for each group; of shards those of this process."""
-    return flat(a)[None] if groups == 1 else torch.cat([tensor.reshape(groups, -1) for tensor in a.values()], 1)
+def _entrywise(probe: Tree, image: Tree, groups: int) -> Tensor:
+    """Return probe times image, a row for each group; of shards what this process has. The image is used up."""
+    image = {n: image.pop(n) if n in image else torch.zeros_like(tensor) for n, tensor in probe.items()}
+    if groups == 1:
+        return (flat(probe) * flat(image))[None]
+    found = torch._foreach_mul(list(image.values()), list(probe.values()))  # one call, not one a tensor
+    image.clear()  # a probe of all groups is large
+    return torch.cat([tensor.reshape(groups, -1) for tensor in found], 1)
 
 
 def _entries(draws: _Draws, sizes: Mapping[str, int], mesh: Any) -> dict[str, _Answer]:

@@ -34,6 +34,11 @@ class GradientGraph:
         return self.views.groups
 
     @property
+    def nbytes(self) -> int:
+        """Of the gradients of several groups; one is no more than the weights are."""
+        return sum(slope.nbytes for slope in self.slopes.values()) if self.views.several else 0
+
+    @property
     def gradient(self) -> Tree:
         """The gradient by the weights, without its graph."""
         return self.views.shaped(self.slopes, [slope.detach() for slope in self.slopes.values()], False)
