@@ -53,7 +53,8 @@ def path() -> str:
         slower = row["gradient_seconds"] / row["gradient_seconds_in_its_batches"]
         rows.append(
             [row["images"], row["batch"], f"{row['alpha']:.1f}", *(f"{costs[m]:.1f}" for m in measured),
-             f"**{sharpness:.0f}**", f"{sharpness * slower:.0f}", f"{whole}, {blocks}", f"{sum(row['seconds'].values()):.1f}"]
+             f"**{sharpness:.0f}**", f"{sharpness * slower:.0f}",
+             f"{whole}, {blocks}", f"{sum(row['seconds'].values()):.1f}"]
         )  # fmt: skip
     head = ["images", "batch", "alpha", "point", "trace", "eigenvalue", "m-sharpness", "first three",
             "in gradients of its batches", "whole, block products", "seconds"]  # fmt: skip
