@@ -1,6 +1,8 @@
 """Groups of a batch's examples with weights of their own in one graph: against each group by itself, in float64."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from nets import made
 from torch import nn
 
-from sharpscope.curvature import groups, workspace
+from sharpscope.curvature import attention, groups, smooth, workspace
 from sharpscope.curvature.groups import Grouping, grouping, pieces_of
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
@@ -204,3 +206,30 @@ def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):
         assert mine[0].stderr < theirs[0].stderr, layer
         if layer != MODEL:
             assert 0.4 < np.std([e.value for e in mine], ddof=1) / mine[0].stderr < 1.8, layer
+
+
+@pytest.mark.usefixtures("routes")
+def test_a_point_with_groups_that_is_dropped_frees_its_graphs(monkeypatch):
+    """Without the collector, though nodes of the way up hold those of the way down."""
+    watched = []
+    for module in (smooth, attention):
+
+        def left(ctx, real=module.left):
+            watched.append(weakref.ref(ctx))
+            return real(ctx)
+
+        monkeypatch.setattr(module, "left", left)
+    net = made("vit")
+    gc.collect()
+    gc.disable()
+    try:
+        here = point(net, objective(net))
+        here.product(here.gradient)
+        tensor = weakref.ref(here._graphs.kept[0].slopes["head.weight"])
+        assert tensor() is not None
+        assert all(ctx() is not None for ctx in watched)
+        del here
+        assert tensor() is None
+        assert all(ctx() is None for ctx in watched)
+    finally:
+        gc.enable()

@@ -234,6 +234,7 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype):
         for mine, theirs in zip(*found, strict=True):
             for name, tensor in theirs.items():
                 torch.testing.assert_close(mine[name], tensor, **bound)
+    assert workspace._recorder.on
 
 
 @needs_gpu

@@ -24,7 +24,7 @@ from sharpscope.tree import Tree, flat, rademacher, select
 OWN_GAIN = (
     4  # a layer's own draws do the work of so many joint ones; measured 3 to 7 for blocks, far more for small layers
 )
-_Draws = Iterator[Tensor]  # a row for each group: probe times its image, entry by entry
+_Draws = Iterator[tuple[Tree, Tree]]  # a probe of every group, and its image, absent where there is none
 _Answer = tuple[list[list[float]], float]  # of a layer: each group's sums of the draws, squared deviations of entries
 _Answers = tuple[dict[str, _Answer], dict[str, _Answer]]  # of a batch: by layer, of joint and of own draws
 
@@ -165,7 +165,6 @@ class Trace:
         """Draw what is ordered, batch by batch, so that a batch whose graph is not kept needs it once."""
         done = {"": len(next(iter(joint.values())).samples), **{layer: len(own[layer].samples) for layer in order.own}}
         names = {"": tuple(chain.from_iterable(layers.layers.values())), **layers.layers}
-        sizes = {layer: len(flat(select(point.gradient, some))) for layer, some in layers.layers.items()}
         found, mesh = list[_Answers](), mesh_of(point.gradient.values())
         for number, part in enumerate(point.operator(self.matrix).parts(), point.objective.share.start):
 
@@ -173,12 +172,12 @@ class Trace:
                 like = _of_groups(select(point.gradient, names[of]), part.groups)
                 for draw in range(done[of], done[of] + count):
                     probe = rademacher(like, seed, self.name, of, draw, number)
-                    yield _entrywise(probe, part.each(names[of], probe), part.groups)
+                    yield probe, part.each(names[of], probe)
 
-            shared = _entries(draws("", order.joint), sizes, mesh)
+            shared = _entries(draws("", order.joint), layers.layers, part.groups, mesh)
             alone: dict[str, _Answer] = {}
             for layer, count in order.own.items():
-                alone |= _entries(draws(layer, count), {layer: sizes[layer]}, mesh)
+                alone |= _entries(draws(layer, count), {layer: names[layer]}, part.groups, mesh)
             found.append((shared, alone))
         batches = point.objective.ranks.gathered(found)
         for layer in joint if order.joint else ():
@@ -255,38 +254,42 @@ def _of_groups(like: Tree, groups: int) -> Tree:
     return like if groups == 1 else {name: tensor.expand(groups, *tensor.shape) for name, tensor in like.items()}
 
 
-def _entrywise(probe: Tree, image: Tree, groups: int) -> Tensor:
-    """Return probe times image, a row for each group; of shards what this process has. The image is used up."""
-    image = {n: image.pop(n) if n in image else torch.zeros_like(tensor) for n, tensor in probe.items()}
-    if groups == 1:
-        return (flat(probe) * flat(image))[None]
-    found = torch._foreach_mul(list(image.values()), list(probe.values()))  # one call, not one a tensor
-    image.clear()  # a probe of all groups is large
-    return torch.cat([tensor.reshape(groups, -1) for tensor in found], 1)
-
-
-def _entries(draws: _Draws, sizes: Mapping[str, int], mesh: Any) -> dict[str, _Answer]:
+def _entries(draws: _Draws, layers: Mapping[str, Sequence[str]], groups: int, mesh: Any) -> dict[str, _Answer]:
     """Return for each layer each group's sums of the draws, and the squared deviations of their entries from the mean.
 
-    The rows that the draws give are those of this process where there is a mesh.
+    Entries are those of this process where there is a mesh.
     """
-    sums, squares, total = list[Tensor](), list[Tensor](), None
-    for rows in draws:
-        pieces = torch.split(rows, list(sizes.values()), 1)
-        sums.append(torch.stack([piece.sum(1, dtype=torch.float64) for piece in pieces]))
-        squares.append(_squares(pieces))
-        total = rows if total is None else total.add_(rows)
-    if total is None:
+    sums: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    squares: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    total: dict[str, Tensor] = {}
+    for probe, image in draws:
+        for layer, names in layers.items():
+            rows = _entrywise(probe, image, names, groups)
+            sums[layer].append(rows.sum(1, dtype=torch.float64))
+            squares[layer].append(_square(rows))
+            total[layer] = total[layer].add_(rows) if layer in total else rows
+    if not total:
         return {}
-    off = torch.stack(squares).sum(0) - _squares(torch.split(total, list(sizes.values()), 1)) / len(sums)
+    count = len(next(iter(sums.values())))
+    off = [torch.stack(squares[layer]).sum() - _square(total[layer]) / count for layer in layers]
     # A column for each draw of each group, and one more.
-    found = over_ranks(torch.cat([torch.stack(sums, 2).flatten(1), off.clamp(min=0)[:, None]], 1), mesh)
-    count = len(sums)
+    columns = torch.stack([torch.stack(sums[layer], 1).flatten() for layer in layers])
+    found = over_ranks(torch.cat([columns, torch.stack(off).clamp(min=0)[:, None]], 1), mesh)
     return {
         layer: ([row[start : start + count] for start in range(0, len(row) - 1, count)], row[-1])
-        for layer, row in zip(sizes, found.tolist(), strict=True)  # the only place that waits for the device
+        for layer, row in zip(layers, found.tolist(), strict=True)  # the only place that waits for the device
     }
 
 
-def _squares(pieces: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(piece * piece).sum(dtype=torch.float64) for piece in pieces])
+def _entrywise(probe: Tree, image: Tree, names: Sequence[str], groups: int) -> Tensor:
+    """Return probe times image, a row for each group. The image is used up: one of all groups is large."""
+    mine = select(probe, names)
+    images = {name: image.pop(name) if name in image else torch.zeros_like(tensor) for name, tensor in mine.items()}
+    if groups == 1:
+        return (flat(mine) * flat(images))[None]
+    found = torch._foreach_mul(list(images.values()), list(mine.values()))  # one call, not one a tensor
+    return torch.cat([tensor.reshape(groups, -1) for tensor in found], 1)
+
+
+def _square(rows: Tensor) -> Tensor:
+    return (rows * rows).sum(dtype=torch.float64)

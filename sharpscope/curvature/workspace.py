@@ -129,8 +129,13 @@ class Workspace:
         self.clear()
         grouping = self._grouped(objective, weights, names)
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
+        place = self._plain(objective, grouping, weights, names, budget)
         # What processes gather meanwhile cannot be recorded.
         if self._recorder.on and objective.pieces == 1 and objective.again is None:
+            if not self._waits(place):
+                self._recorder.on = False
+                return place
+            del place
             try:
                 self._held = self._recorded(objective, grouping, weights, names, budget, graph_bytes)
                 return self._held
@@ -139,10 +144,27 @@ class Workspace:
             except RuntimeError as refusal:  # an operation of the model that waits for the device
                 self._recorder.on = False
                 warnings.warn(f"gradients run unrecorded: {shortened(refusal)}", stacklevel=2)
+            place = self._plain(objective, grouping, weights, names, budget)
+        return place
+
+    @staticmethod
+    def _plain(objective: Objective, grouping: Grouping, weights: Tree, names: Sequence[str], budget: int) -> Place:
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
         make = partial(_graph, objective, {**weights, **leaves}, leaves)
         graphs = Graphs(make, grouping.cut(objective), weights.values(), budget, objective.again)
         return Place(objective, {**weights, **leaves}, leaves, graphs, grouping, budget)
+
+    def _waits(self, place: Place) -> bool:
+        """Return whether the device waits for the host: where it does not, recording saves nothing.
+
+        Tried on the product of the lowest tensor, which walks through all layers; kernels are compiled before.
+        """
+        assert self._recorder is not None
+        graph, name = next(iter(place.graphs)), next(iter(place.leaves))
+        v = {name: graph.gradient.get(name, place.leaves[name]).detach()}
+        graph.product((name,), v)
+        self._recorder.first("gradient", lambda: graph.product((name,), v))
+        return self._recorder.pays("gradient")
 
     def _grouped(self, objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
         """Return the objective's grouping, found once."""
