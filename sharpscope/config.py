@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sharpscope.errors import UsageError, nearest
+from sharpscope.journal import replace_text
 from sharpscope.losses import Towers
 from sharpscope.measures import DEFAULT
 from sharpscope.models.reference import absolute as absolute_model
@@ -185,7 +186,7 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{toml(key)} = {toml(value)}" for key, value in table.items())]
     path = Path(folder) / FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(path, "\n".join(lines) + "\n")
     return path
 
 
