@@ -11,6 +11,7 @@ import numpy as np
 
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
+from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
 from sharpscope.result import ScanResult
@@ -23,6 +24,7 @@ _AGAIN = "run the same scan again: it resumes, and writes its result anew"
 
 def save(result: ScanResult, out: Path) -> Path:
     """Write the result to the folder, see :meth:`ScanResult.save`."""
+    out = at_home(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
     tables = {name: getattr(result, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
@@ -50,7 +52,7 @@ def open_result(folder: str | Path) -> ScanResult:
     UsageError
         If the folder holds no finished scan, or parts of two.
     """
-    place = Path(folder)
+    place = at_home(folder)
     if not (place / "scan.json").is_file():
         unfinished = (place / "cells.jsonl").is_file()
         found = "a scan that has not finished" if unfinished else "no scan"
