@@ -25,7 +25,7 @@ from sharpscope.losses import cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
-from sharpscope.plan import Plan
+from sharpscope.plan import Plan, path_notes
 from sharpscope.progress import Progress
 from sharpscope.search import RecipeSearch, Search
 from sharpscope.table import MODEL, Cell, Row, cell_key
@@ -210,7 +210,7 @@ def measured(
     steps += moves.steps(job) if moves else 0
     steps += recipes.evaluations * len(job.splits) if recipes else 0
     with Progress(steps, len(plan.alphas), show) as bar:
-        bar.say(job.describe(plan, len(journal)))
+        bar.say("\n".join([job.describe(plan, len(journal)), *(f"  note: {n}" for n in path_notes(plan.alphas))]))
         for _ in cells(job, plan, journal, memory, bar):
             pass
         job.workspace.clear()

@@ -54,6 +54,21 @@ def test_a_dry_run_says_them(run, tmp_path):
     assert "  note: the alphas lack 0 (the zero-shot model) and 1 (the fine-tuned model): " in out
 
 
+def test_a_scan_says_them_before_it_measures_and_in_what_it_prints(run, tmp_path):
+    clips.pair(tmp_path)
+    clips.images(tmp_path / "id")
+    ends = ("--zero-shot", tmp_path / "base", "--fine-tuned", tmp_path / "tuned", "--id", tmp_path / "id")
+    report = ("report", *ends, "--alphas", "0,0.5,1.5", "--measures", "", "--out", tmp_path / "out")
+    code, out, err = run(*report)
+    lacking = "the alphas lack 1 (the fine-tuned model): nothing is recommended without both ends"
+    beyond = "alpha 1.5 lies beyond the two models, outside of [0, 1]"
+    assert code == 0
+    assert err.splitlines()[1:3] == [f"  note: {lacking}", f"  note: {beyond}"]
+    assert err.splitlines()[3].startswith("alpha 0 done (1/3, ")
+    assert f"Warning: {lacking}\nWarning: {beyond}\n" in out
+    assert run(*report, "--fresh", "--quiet") == (0, out, "")
+
+
 def test_a_merge_beyond_the_two_models_says_so(tmp_path):
     clips.pair(tmp_path)
     ends = [read_weights(tmp_path / name) for name in ("base", "tuned")]
