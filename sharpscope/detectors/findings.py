@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 from sharpscope.errors import MeasurementError, UsageError
@@ -76,6 +77,9 @@ class Finding:
                 "score and interval of the same number, in the same unit; an interval that is corrected for a bias "
                 "is widened to the score",
             )
+
+    def _repr_html_(self) -> str:
+        return f"<p><strong>{escape(self.verdict)}</strong> {escape(f'{self.detector}: {self.reason}')}</p>"
 
 
 def _within(score: float, low: float, high: float) -> bool:
