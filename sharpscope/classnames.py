@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 
 ClassNames = Mapping[str, str] | str | Path
 _WNID = re.compile(r"n\d{8}\s")
@@ -36,7 +37,7 @@ def read_classnames(source: ClassNames, folders: Sequence[str], *, partial: bool
         If the file is missing or of another form, names too few folders, or the number of lines is not that of the
         folders.
     """
-    found = source if isinstance(source, Mapping) else _from_file(Path(source), folders)
+    found = source if isinstance(source, Mapping) else _from_file(at_home(source), folders)
     missing = [folder for folder in folders if folder not in found]
     if len(missing) == len(folders) or (missing and not partial):
         near = get_close_matches(missing[0], [*found], n=1)
@@ -61,7 +62,7 @@ def read_label_names(source: ClassNames) -> dict[str, str]:
     UsageError
         If the file is missing or of another form.
     """
-    found = source if isinstance(source, Mapping) else _from_file(Path(source), None)
+    found = source if isinstance(source, Mapping) else _from_file(at_home(source), None)
     if odd := next((label for label in found if not str(label).isdigit()), None):
         raise UsageError(f"the class names have {odd!r} in the place of a class number", 'e.g. {"0": "tench"}')
     return {str(label): found[label] for label in sorted(found, key=int)}

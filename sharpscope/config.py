@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sharpscope.errors import UsageError, nearest
+from sharpscope.home import at_home
+from sharpscope.journal import replace_text
 from sharpscope.losses import Towers
 from sharpscope.measures import DEFAULT
 from sharpscope.models.reference import absolute as absolute_model
@@ -74,7 +76,7 @@ class Settings(BaseModel):
     @classmethod
     def _at_home(cls, value: str) -> str:
         """A shell leaves the ~ of ``--out=~/report`` to the command."""
-        return str(Path(value).expanduser())
+        return str(at_home(value))
 
     @field_validator("captions")
     @classmethod
@@ -149,7 +151,7 @@ def settings(flags: Mapping[str, Any], config: str | Path | None = None) -> Sett
     UsageError
         For the first key that is unknown (with the nearest known one), missing or of a wrong kind.
     """
-    stored = {} if config is None else read_config(Path(config))
+    stored = {} if config is None else read_config(at_home(config))
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**{**stored, **given})
@@ -184,8 +186,8 @@ def write_config(chosen: Settings, folder: str | Path) -> Path:
     lines += [f'{name} = "all"' for name in ("limit", "intervention_limit") if getattr(chosen, name) is None]
     for name, table in tables.items():
         lines += ["", f"[{name}]", *(f"{toml(key)} = {toml(value)}" for key, value in table.items())]
-    path = Path(folder) / FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = at_home(folder) / FILE
+    replace_text(path, "\n".join(lines) + "\n")
     return path
 
 
@@ -199,6 +201,6 @@ def _anywhere(chosen: Settings) -> Settings:
             "id": absolute(chosen.id),
             "ood": {name: absolute(place) for name, place in chosen.ood.items()},
             "sharpness_on": chosen.sharpness_on and absolute(chosen.sharpness_on),
-            **{name: str(Path(place).absolute()) for name, place in files.items()},
+            **{name: str(at_home(place).absolute()) for name, place in files.items()},
         }
     )

@@ -12,6 +12,7 @@ from sharpscope.classnames import ClassNames, read_classnames
 from sharpscope.collection import Choice, Collection
 from sharpscope.data import Split
 from sharpscope.errors import DataError, UsageError
+from sharpscope.home import at_home
 from sharpscope.pictures import SUFFIXES, UNREADABLE, Picture, Preprocess
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def class_folders(path: str | Path) -> Listing:
     DataError
         If it cannot be read, has no class folders, a class without an image, or splits in the place of classes.
     """
-    root = Path(path)
+    root = at_home(path)
     if not root.is_dir():
         raise UsageError(f"there is no directory {root}", _LAYOUT)
     try:
@@ -177,7 +178,7 @@ def folder(
 
 def image_folder(path: str | Path, name: str | None, classnames: ClassNames | None, *, subset: bool) -> Collection:
     """Return the images of a folder and the words of its classes; with ``subset`` only those that have words."""
-    title, listing = name or Path(path).resolve().name, class_folders(path)
+    title, listing = name or at_home(path).resolve().name, class_folders(path)
     words = {found: found.replace("_", " ") for found in listing.images}
     if classnames is not None:
         words = read_classnames(classnames, [*listing.images], partial=subset)

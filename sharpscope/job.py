@@ -27,6 +27,7 @@ from sharpscope.provenance import provenance
 from sharpscope.ranks import ALONE, Parallel, Ranks
 from sharpscope.recipe import CONVENTION
 from sharpscope.tree import Tree, fingerprint, norm, select
+from sharpscope.weight_norm import has_weight_norm
 
 
 def _data(split: Split) -> str | list[Any]:
@@ -127,6 +128,8 @@ class Job:
             "chains": plan.chains,
             # Absent from scans before there was a choice, which resume.
             **({} if plan.objective == "image" else {"objective": [plan.objective, self.texts]}),
+            # Absent from scans that had sharpness under weight norm wrong, which do not resume.
+            **({"weight_norm": "written out"} if plan.measures and has_weight_norm(self.network.module) else {}),
         }
 
     def describe(self, plan: Plan, done: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sharpscope.home import at_home
 from sharpscope.report.gate import CHECK
 
 TABLES = ("layers", "evals", "stragglers", "interventions", "recipes")  # of a result, kept as CSV beside it
@@ -55,7 +56,7 @@ _WHERE_RUN: Mapping[str, Mapping[str, Kind]] = {
 
 def own_files(folder: str | Path) -> list[Path]:
     """Return where a scan, its settings and its page lie in the folder; not what the gate said of it."""
-    return [Path(folder) / name for name in OWN]
+    return [at_home(folder) / name for name in OWN]
 
 
 def read_meta(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sharpscope.losses import cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.memory import Memory
 from sharpscope.objective import check_finite
-from sharpscope.plan import Plan
+from sharpscope.plan import Plan, path_notes
 from sharpscope.progress import Progress
 from sharpscope.search import RecipeSearch, Search
 from sharpscope.table import MODEL, Cell, Row, cell_key
@@ -37,8 +37,24 @@ _SATURATED = 1e-6  # mean cross-entropy; there float32 has lambda_max off by .2 
 def _evaluate(job: Job, weights: Tree, alpha: float, split: Split) -> Cell:
     batches = job.batches(split, job.team)
     examples = per_example(job.network.forward, weights, batches, job.columns(split), job.team)
-    check_finite(float(examples["loss"].mean()), f"alpha {alpha:g} on {split.name!r}")
+    _check_loss(float(examples["loss"].mean()), weights, alpha, split.name)
     return evaluation_cell(alpha, split.name, examples)
+
+
+def _check_loss(loss: float, weights: Tree, alpha: float, split: str) -> None:
+    """Raise for a loss that is not finite; beyond the two models a variance on the path may have gone below zero."""
+    try:
+        check_finite(loss, f"alpha {alpha:g} on {split!r}")
+    except MeasurementError as fault:
+        variances = {name: float(w.min()) for name, w in weights.items() if name.endswith("running_var")}
+        lowest = min(variances, key=variances.__getitem__, default="")
+        if 0 <= alpha <= 1 or not variances.get(lowest, 0.0) < 0:
+            raise
+        raise MeasurementError(
+            f"{fault.problem}: extrapolated beyond the two models, the running variance {lowest!r} goes down to "
+            f"{variances[lowest]:.3g} there",
+            "alphas from 0 to 1, or so near to them that no running variance is negative",
+        ) from fault
 
 
 def _curvature_cell(alpha: float, split: str, measure: str, found: Mapping[str, Estimate]) -> Cell:
@@ -109,7 +125,7 @@ def _point(job: Job, plan: Plan, task: Task, weights: Tree, memory: Memory) -> P
         delta=job.path.delta,
         workspace=job.workspace,
     )
-    check_finite(point.loss, f"alpha {alpha:g} on {job.curvature_split!r}")
+    _check_loss(point.loss, weights, alpha, job.curvature_split)
     _warn_of_rounding(job, plan, point, alpha)
     if task.at_home:
         point.found.update(memory.at(index, weights))  # of measures that were done before the scan was stopped here
@@ -210,7 +226,7 @@ def measured(
     steps += moves.steps(job) if moves else 0
     steps += recipes.evaluations * len(job.splits) if recipes else 0
     with Progress(steps, len(plan.alphas), show) as bar:
-        bar.say(job.describe(plan, len(journal)))
+        bar.say("\n".join([job.describe(plan, len(journal)), *(f"  note: {n}" for n in path_notes(plan.alphas))]))
         for _ in cells(job, plan, journal, memory, bar):
             pass
         job.workspace.clear()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 from sharpscope.partition import GRANULARITIES, Granularity
 from sharpscope.recipe import CONVENTION, Recipe
@@ -64,7 +65,7 @@ class RecipeFile:
 
 def write_recipe(stored: RecipeFile, path: str | Path) -> Path:
     """Write the recipe, whole or not at all; return its path."""
-    replace_text(Path(path), stored.text())
+    replace_text(at_home(path), stored.text())
     return Path(path)
 
 
@@ -77,7 +78,8 @@ def read_recipe(path: str | Path) -> RecipeFile:
         If there is none, or it is no recipe; the message names the culprit. A file that does not say which end
         alpha 0 is, or says it the other way round, is refused: it would merge backwards.
     """
-    file = Path(path) / NAME if Path(path).is_dir() else Path(path)
+    place = at_home(path)
+    file = place / NAME if place.is_dir() else place
     stored = read_toml(file, "recipe at", f"recommended, a number, or a TOML file of rules, {_FIX}")
     if unknown := next((key for key in stored if key not in _KEYS), None):
         near = get_close_matches(unknown, _KEYS, n=1)

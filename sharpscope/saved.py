@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ import numpy as np
 
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
+from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
 from sharpscope.result import ScanResult
-from sharpscope.table import MODEL, cell_key
+from sharpscope.stragglers.effects import keys_of_moves
+from sharpscope.stragglers.recipes import keys_of_trials
+from sharpscope.table import MODEL, Cell, cell_key
 
 _AGAIN = "run the same scan again: it resumes, and writes its result anew"
 
 
 def save(result: ScanResult, out: Path) -> Path:
     """Write the result to the folder, see :meth:`ScanResult.save`."""
+    out = at_home(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
     tables = {name: getattr(result, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
@@ -48,7 +52,7 @@ def open_result(folder: str | Path) -> ScanResult:
     UsageError
         If the folder holds no finished scan, or parts of two.
     """
-    place = Path(folder)
+    place = at_home(folder)
     if not (place / "scan.json").is_file():
         unfinished = (place / "cells.jsonl").is_file()
         found = "a scan that has not finished" if unfinished else "no scan"
@@ -63,8 +67,7 @@ def open_result(folder: str | Path) -> ScanResult:
     header, cells, _ = journal.read(place / "cells.jsonl")
     if header["plan"] != meta["plan"]:
         raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
-    if missing := _evaluations(meta) - {cell.key for cell in cells}:
-        raise UsageError(f"{place / 'cells.jsonl'} is cut short: {min(missing)!r} is missing", _AGAIN)
+    _check_whole(place, meta, cells)
     known = {*meta["layers"], MODEL}
     if strange := next((row.layer for cell in cells for row in cell.rows if row.layer not in known), None):
         raise UsageError(f"{place} holds cells of {strange!r}, a layer that its scan.json does not know", _AGAIN)
@@ -74,7 +77,45 @@ def open_result(folder: str | Path) -> ScanResult:
         raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
 
 
-def _evaluations(meta: Mapping[str, Any]) -> set[str]:
+def _check_whole(place: Path, meta: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+    """Raise if cells are missing that belong to the path, the interventions or the recipes of the scan."""
+    there = {cell.key for cell in cells}
+    for what, wanted in _KEYS.items():
+        try:
+            keys = dict.fromkeys(wanted(meta))
+        except (KeyError, TypeError, ValueError) as damage:
+            raise UsageError(
+                f"{place / 'scan.json'} is damaged: its {what} are not whole ({damage!r})", _AGAIN
+            ) from damage
+        if missing := [key for key in keys if key not in there]:
+            raise UsageError(
+                f"{place / 'cells.jsonl'} is cut short: {missing[0]!r} is missing ({len(missing)} of the "
+                f"{len(keys)} {what})",
+                _AGAIN,
+            )
+
+
+def _judged(meta: Mapping[str, Any]) -> list[str]:
+    return [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]
+
+
+def _evaluations(meta: Mapping[str, Any]) -> Iterable[str]:
     """Return the keys of the cells without which no scan is finished."""
-    judged = [name for name, facts in meta["splits"].items() if facts["role"] in ("id", "ood")]
-    return {cell_key(alpha, split, "evaluation") for alpha in meta["alphas"] for split in judged}
+    return (cell_key(alpha, split, "evaluation") for alpha in meta["alphas"] for split in _judged(meta))
+
+
+def _moves(meta: Mapping[str, Any]) -> Iterable[str]:
+    settings = meta.get("interventions")
+    return keys_of_moves(settings, [*meta["layers"]], _judged(meta)) if settings else ()
+
+
+def _trials(meta: Mapping[str, Any]) -> Iterable[str]:
+    return keys_of_trials(tried, _judged(meta)) if (tried := meta.get("recipes")) else ()
+
+
+# What a scan did -> the keys of the cells that hold what the models answered.
+_KEYS: Mapping[str, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "evaluations": _evaluations,
+    "interventions": _moves,
+    "recipes": _trials,
+}

@@ -10,6 +10,7 @@ from typing import Any
 from sharpscope.budget import limited
 from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.intervention import Interventions, interventions_from
 from sharpscope.journal import Journal
 from sharpscope.leftovers import meta_in, remove_page
@@ -169,7 +170,7 @@ def scan(
         job = prepare((model_a, model_b), *splits, plan, patterns, device, ranks, shared, memory)
         searched = recipes_from(recipes, job, plan)
         moves = interventions_from(interventions, intervention_limit, job, plan)
-        folder = None if out is None else FilePath(out)
+        folder = None if out is None else at_home(out)
         identity = job.identity(plan)
         ranks.check_equal({**identity, "device": str(job.provenance["device"])})
         with locked(folder if ranks.leads else None):

@@ -12,6 +12,7 @@ from sharpscope.collection import Choice
 from sharpscope.data import Split, as_split
 from sharpscope.errors import UsageError
 from sharpscope.folders import image_folder
+from sharpscope.home import at_home
 from sharpscope.items import is_items, item_collection
 from sharpscope.pictures import UNREADABLE
 from sharpscope.rows import is_table, table_collection
@@ -34,7 +35,7 @@ def absolute(ref: str) -> str:
     if ref.startswith(factory.PREFIX):
         return ref
     kind = WEBDATASET if ref.startswith(WEBDATASET) else ""
-    return f"{kind}{Path(ref.removeprefix(kind)).absolute()}"
+    return f"{kind}{at_home(ref.removeprefix(kind)).absolute()}"
 
 
 def images(

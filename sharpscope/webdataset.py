@@ -17,6 +17,7 @@ from typing import NamedTuple
 from sharpscope.classnames import ClassNames, read_label_names, read_text
 from sharpscope.collection import Collection
 from sharpscope.errors import DataError, UsageError
+from sharpscope.home import at_home
 from sharpscope.pictures import UNLABELLED, Picture
 from sharpscope.shards import Sample, read_shard
 
@@ -49,10 +50,10 @@ def archive(place: str | Path) -> Archive:
     DataError
         If shards are missing: by ``nshards.txt``, or by a gap in their numbers.
     """
-    path = Path(place)
+    path = at_home(place)
     if path.is_dir():
         return _directory(path)
-    names = expanded(str(place))
+    names = expanded(str(path))
     shards = [shard for name in names for shard in _globbed(Path(name))]
     if missing := next((shard for shard in shards if not shard.is_file()), None):
         raise UsageError(f"there is no archive {missing}", _LAYOUT)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 
@@ -23,3 +25,11 @@ class PlainWeightNorm(TorchFunctionMode):
 
 def _written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def has_weight_norm(module: nn.Module) -> bool:
+    """Return whether a weight of the module is under ``torch.nn.utils.weight_norm``, old or new."""
+    return any(
+        isinstance(sub, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in sub._forward_pre_hooks.values())
+        for sub in module.modules()
+    )

@@ -159,6 +159,15 @@ def test_resolved_settings_read_back_equal(tmp_path):
     assert config.settings({}, config.write_config(found, tmp_path)) == found
 
 
+def test_settings_are_replaced_whole_who_reads_the_old_ones_has_all_of_them(tmp_path):
+    old, new = (config.settings({"zero_shot": "a", "fine_tuned": "b", "id": name}) for name in ("/c", "/d"))
+    with config.write_config(old, tmp_path).open() as reader:
+        written = config.write_config(new, tmp_path)
+        assert 'id = "/c"' in reader.read()
+    assert config.settings({}, written) == new
+    assert list(tmp_path.iterdir()) == [written]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -406,6 +406,21 @@ def test_numbers_of_numpy_and_a_list_of_them_are_numbers():
     assert Finding("x", "pass", np.float32(1), [np.int64(0), 2], "").verdict == "pass"
 
 
+@pytest.mark.parametrize("verdict", ["pass", "fail", "undecided"])
+@pytest.mark.parametrize("interval", [(0.7, 0.8), (72.0, 90.0), (-math.inf, 71.0), (71.5, math.inf)])
+def test_a_score_outside_of_its_own_interval_is_refused(verdict, interval):
+    with pytest.raises(MeasurementError, match=r"'x' gave the score 71.2, outside of its own 95 % interval .* to .*\n"):
+        Finding("x", verdict, 71.2, interval, "")
+
+
+def test_a_score_may_lie_on_an_end_and_past_it_by_rounding():
+    assert Finding("x", "pass", 0.3, (0.1 + 0.2, 1.0), "").score < 0.1 + 0.2
+    none = evaluated({(a, "id"): np.zeros(52, dtype=bool) for a in (0.0, 1.0)})
+    found = finding(none, measure="accuracy", split="id", model="zero-shot", max=50)
+    assert (found.verdict, found.score) == ("pass", 0.0)
+    assert found.interval[0] > 0
+
+
 @pytest.mark.parametrize("rules", [None, 5, BarrierDetector(max=0.05)])
 def test_what_is_neither_a_file_nor_a_table_nor_detectors_is_no_rules(rules):
     with pytest.raises(

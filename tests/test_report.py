@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from planted import ALPHAS, HOSTILE, LAYERS, SINGLE, STRAGGLER, UNUSED, planted
 
+from sharpscope.detectors import Finding
 from sharpscope.errors import UsageError
 from sharpscope.optim.activity import COLUMNS
 from sharpscope.report.exhibits import exhibits
 from sharpscope.report.page import render, write
 from sharpscope.report.tables import provenance
 from sharpscope.report.verdict import co_moving, verdict
-from sharpscope.report.words import MINUS, interval
+from sharpscope.report.words import MINUS, interval, points
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.paired import Difference
 from sharpscope.stragglers.recommendation import halves
@@ -227,6 +228,36 @@ def test_text_and_html_summaries_say_the_verdict(case: str) -> None:
     shown = Page(as_html(result))
     assert verdict(result).headline in shown.text
     assert not {"script", "b", "i", "style"} & {tag for tag, _ in shown.tags}
+
+
+@every_case
+def test_a_recommendation_in_a_notebook_is_escaped_text_and_numbers(case: str) -> None:
+    result = RESULTS[case]
+    if verdict(result).recommendation is None:
+        return
+    advice = result.recommend()
+    shown = Page(advice._repr_html_())
+    assert f"Recommended: alpha {advice.alpha:g}" in shown.text
+    cells = {
+        name: found for name, found in advice.versus.items() if {"zero-shot": 0, "fine-tuned": 1}[name] != advice.alpha
+    }
+    for found in cells.values():
+        for split, change in found.items():
+            assert split in shown.texts
+            assert f"{points(change.value)} ({interval(change)})" in shown.texts
+    assert shown.texts.count("the same model") == (2 - len(cells)) * len(advice.versus["zero-shot"])
+    assert {tag for tag, _ in shown.tags} == {"div", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_a_recommended_recipe_in_a_notebook_says_that_it_is_one() -> None:
+    advice = planted(studied=True).recommend(per_layer=True)
+    assert "Recommended: an alpha per layer, 2 rules" in Page(advice._repr_html_()).text
+
+
+def test_a_finding_in_a_notebook_is_its_verdict_and_reason_escaped() -> None:
+    shown = Page(Finding("<i>mine</i>", "fail", 2.0, (1.0, 3.0), "<script>2</script> is above 0.5 & all")._repr_html_())
+    assert shown.text == "fail <i>mine</i>: <script>2</script> is above 0.5 & all"
+    assert [tag for tag, _ in shown.tags] == ["p", "strong"]
 
 
 # ---------------------------------------------------------------- page

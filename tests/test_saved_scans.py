@@ -54,6 +54,53 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(tmp_path, harm, said):
         ss.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("gone", "of"),
+    [
+        ("1.0|id|moved/all/necessary/base/", "112 interventions"),
+        ("0.0|scans|moved/all/sufficient/layer/head", "112 interventions"),
+        ("0.0|scans|moved/all/sufficient/control 1/head", "112 interventions"),
+        ("recipe|id|recipe/b", "4 recipes"),
+        ("0.5|scans|evaluation", "6 evaluations"),
+    ],
+)
+def test_answers_that_are_gone_are_missed_by_name(studied, gone, of):
+    file = studied / "cells.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(f'{{"cell": "{gone}"')))
+    with pytest.raises(UsageError, match=r"cells\.jsonl is cut short: .*\n  fix: run the same scan again") as refused:
+        ss.open(studied)
+    assert f"{gone!r} is missing (1 of the {of})" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("interventions", {"limit": "gone"}),
+        ("interventions", {"draws": "gone"}),
+        ("interventions", {"bases": [3]}),
+        ("interventions", {"bases": [["necessary", "one"]]}),
+        ("recipes", {"trials": [{}]}),
+        ("recipes", {"trials": [3]}),
+    ],
+)
+def test_settings_of_moves_and_recipes_that_are_not_whole_are_damage(studied, table, change):
+    meta = json.loads((studied / "scan.json").read_text())
+    meta[table] = {name: value for name, value in (meta[table] | change).items() if value != "gone"}
+    (studied / "scan.json").write_text(json.dumps(meta))
+    with pytest.raises(UsageError, match=rf"scan\.json is damaged: its {table} are not whole \(.*\n  fix: run"):
+        ss.open(studied)
+
+
+@pytest.fixture
+def studied(tmp_path):
+    """A scan with moves and recipes, of which only two random moves of each layer were made in any case."""
+    made = planted(**FEW, ood=("scans",), n=20, studied=True)
+    made.meta["interventions"]["draws"] = 2
+    assert ss.open(made.save(tmp_path)) == made
+    return tmp_path
+
+
 def cut(file, lines):
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
 

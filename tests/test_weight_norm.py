@@ -1,14 +1,20 @@
 """The Hessian under weight norm is that of the formula written out, in float64."""
 
+import json
+
 import pytest
 import torch
 from nets import flat
 from torch import nn
 
+import sharpscope
 from sharpscope.curvature.point import Point
+from sharpscope.errors import UsageError
 from sharpscope.losses import cross_entropy
 from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
+
+NORMS = {"new": nn.utils.parametrizations.weight_norm, "old": nn.utils.weight_norm, "none": lambda layer: layer}
 
 
 def written_out(weights, x, dim):
@@ -24,8 +30,7 @@ def written_out(weights, x, dim):
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_curvature_under_weight_norm_is_that_of_its_formula(kind, dim):
     torch.manual_seed(0)
-    norm = nn.utils.parametrizations.weight_norm if kind == "new" else nn.utils.weight_norm
-    model = nn.Sequential(norm(nn.Linear(5, 4), dim=dim), nn.Tanh(), nn.Linear(4, 3, bias=False)).double().eval()
+    model = nn.Sequential(NORMS[kind](nn.Linear(5, 4), dim=dim), nn.Tanh(), nn.Linear(4, 3, bias=False)).double().eval()
     net = network(model, "the model")
     own = {"g": "original0", "v": "original1"} if kind == "new" else {"g": "weight_g", "v": "weight_v"}
     names = {short: next(n for n in net.parameters if n.endswith(name)) for short, name in own.items()}
@@ -46,3 +51,36 @@ def test_curvature_under_weight_norm_is_that_of_its_formula(kind, dim):
     truth = torch.autograd.functional.hessian(loss, flat(like, list(like)))
     found = torch.stack([flat(point.product(tree(v)), list(like)) for v in torch.eye(sum(sizes), dtype=torch.float64)])
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
+
+
+def scanned(kind, out, measures):
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        ends.append(nn.Sequential(NORMS[kind](nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)).double().eval())
+    data = [(torch.linspace(-1, 1, 35, dtype=torch.float64).view(7, 5), torch.arange(7) % 3)]
+    return sharpscope.scan(*ends, data, alphas=2, measures=measures, out=out, progress=False)
+
+
+def as_before_weight_norm_was_written_out(out):
+    """The folder of a scan that was begun by a version without the setting."""
+    file = out / "cells.jsonl"
+    file.write_text(file.read_text().replace(', "weight_norm": "written out"', ""))
+    return json.loads(file.read_text().splitlines()[0])["plan"]
+
+
+@pytest.mark.parametrize("kind", ["new", "old"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_scan_that_had_weight_norm_wrong_is_not_resumed(kind, tmp_path):
+    found = scanned(kind, tmp_path, ["trace"])
+    assert scanned(kind, tmp_path, ["trace"]).cells == found.cells  # one that had it right is
+    assert "weight_norm" not in as_before_weight_norm_was_written_out(tmp_path)
+    with pytest.raises(UsageError, match=r"belongs to another scan: weight_norm differ .*nothing there, .written out"):
+        scanned(kind, tmp_path, ["trace"])
+
+
+@pytest.mark.parametrize(("kind", "measures"), [("none", ["trace"]), ("new", [])])
+def test_a_scan_begun_before_without_sharpness_under_weight_norm_is_resumed(kind, measures, tmp_path):
+    found = scanned(kind, tmp_path, measures)
+    assert found.meta["plan"] == as_before_weight_norm_was_written_out(tmp_path)
+    assert scanned(kind, tmp_path, measures).cells == found.cells

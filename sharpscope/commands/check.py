@@ -8,6 +8,7 @@ from pathlib import Path
 from sharpscope.commands.documents import write_documents
 from sharpscope.detectors import GateResult, check
 from sharpscope.detectors.documents import as_json, junit, markdown
+from sharpscope.home import at_home
 from sharpscope.leftovers import own_files
 from sharpscope.saved import open_result
 
@@ -31,5 +32,5 @@ def gate(folder: str | Path, rules: str | Path, documents: Mapping[str, str | No
     """
     found = check(open_result(folder), rules)
     texts = [(place, DOCUMENTS[kind](found)) for kind, place in documents.items() if place is not None]
-    write_documents(texts, read=[Path(rules), *own_files(folder)])
+    write_documents(texts, read=[at_home(rules), *own_files(folder)])
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sharpscope.commands.terminal import tell
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 
 STDOUT = "-"
@@ -45,6 +46,7 @@ def write_documents(texts: Sequence[tuple[str, str]], read: Iterable[Path] = ())
     UsageError
         If two places are one, a place is a file that is read, or one cannot be written.
     """
+    texts = [(str(at_home(named)), text) for named, text in texts]
     _check_apart([named for named, _ in texts], [file for file in read if file.is_file()])
     places = {_target(Path(named)): text for named, text in texts if not on_stdout(named)}
     files = [place for place in places if not _is_stream(place)]

@@ -15,6 +15,7 @@ from sharpscope.config import FILE, Settings, flag, read_config, settings
 from sharpscope.data import Split
 from sharpscope.errors import DataError, SharpscopeError, UsageError
 from sharpscope.evaluate import per_example
+from sharpscope.home import at_home
 from sharpscope.merging import MergePlan, check_output, merge_plan, read_weights, scanned_plan, write_plan
 from sharpscope.models import load, load_pair, pair
 from sharpscope.models.reference import placed
@@ -211,7 +212,7 @@ def merged(job: Prepared, out: str, *, overwrite: bool = False) -> Iterator[str]
     if judge.zero_shot is None:
         yield f"not loaded again: {judge.without}"
         return
-    model = _reloaded(job, judge, Path(out).expanduser().absolute())
+    model = _reloaded(job, judge, at_home(out).absolute())
     yield f"loaded again: {model!r}"
     if judge.settings is None:
         yield f"not evaluated: {judge.without}"
@@ -243,7 +244,7 @@ def _reloaded(job: Prepared, judge: Judge, place: Path) -> Any:
 
 def _settings(request: Request, ends: tuple[str, str]) -> Settings | str:
     """Return the settings of the scan with what was named anew, or why there is nothing to judge on."""
-    file = Path(request.folder) / FILE if request.folder else None
+    file = at_home(request.folder) / FILE if request.folder else None
     known = read_config(file) if file is not None and file.is_file() else {}
     given = request.judged_on
     known |= {"ood": {}, **given} if "id" in given else given
@@ -262,7 +263,7 @@ def _absent(known: Mapping[str, Any]) -> str | None:
     """Return what is not there of the places that a scan was judged on."""
     data = [place for place in (known["id"], *known.get("ood", {}).values()) if is_folder(place)]
     words = [known[name] for name in ("templates", "classnames") if name in known]
-    gone = next((place for place in map(Path, (*data, *words)) if not place.exists()), None)
+    gone = next((place for place in map(at_home, (*data, *words)) if not place.exists()), None)
     if gone is None:
         return None
     if gone.is_absolute():

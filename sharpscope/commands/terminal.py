@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sharpscope.errors import SharpscopeError
+from sharpscope.home import at_home
 
 if TYPE_CHECKING:
     from sharpscope.result import ScanResult
@@ -84,4 +85,4 @@ def show(result: ScanResult, folder: str | Path) -> None:
     """Print the result and where its page is, in the first process."""
     if rank():
         return
-    tell(f"{result!r}\n\npage: {Path(folder) / 'index.html'}")
+    tell(f"{result!r}\n\npage: {at_home(folder) / 'index.html'}")

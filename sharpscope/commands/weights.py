@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sharpscope.commands.terminal import tell
+from sharpscope.home import at_home
 
 REF = "Directory, hub id, oc:NAME/TAG, timm:NAME, weights file, py:MODULE:FUNCTION."
 Granular = Annotated[str | None, typer.Option(metavar="tower|block|part|tensor", help="What a layer is.")]
@@ -35,7 +35,7 @@ def convert(
     """Write the weights of a checkpoint as safetensors: from a pickled module, or under another library's names."""
     from sharpscope.commands.convert import convert as written
 
-    places = Path(source).expanduser(), Path(out).expanduser()
+    places = at_home(source), at_home(out)
     tell(f"{written(*places, to=to, unsafe_pickle=unsafe_pickle)} tensors: {out}")
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from sharpscope.config import Settings
 from sharpscope.errors import SharpscopeError
+from sharpscope.home import at_home
 from sharpscope.measures import DEFAULT
 
 Kind = Literal["success", "failure"]
@@ -45,7 +46,7 @@ def extract(folder: str | Path) -> Path:
     It is whole as soon as it is there; one that holds these images already is left as it is. A folder that holds
     something else is refused.
     """
-    archive, place = _asset("images.zip"), Path(folder)
+    archive, place = _asset("images.zip"), at_home(folder)
     mark = sha256(archive.read_bytes()).hexdigest()
     if (place / _MARK).is_file() and (place / _MARK).read_text() == mark:
         return place
@@ -66,7 +67,7 @@ def extract(folder: str | Path) -> Path:
 
 def settings(out: str | Path, kind: Kind = "success") -> Settings:
     """Return the settings of the demo's report, after unpacking its images into ``out/images``."""
-    images = extract(Path(out) / "images")
+    images = extract(at_home(out) / "images")
     sets = sorted(entry.name for entry in images.iterdir() if entry.is_dir())
     zero_shot, fine_tuned = pair(kind)
     return Settings(

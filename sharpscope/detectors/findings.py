@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 from sharpscope.errors import MeasurementError, UsageError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["pass", "fail", "undecided", "unmeasured"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "undecided", "unmeasured")
+ROUNDING = 1e-9  # of the largest number: Wilson's interval of no image in 52 begins at 1e-17
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Finding:
     score
         The number judged. Only an unmeasured finding may lack it (NaN).
     interval
-        Where the true number lies with 95 % confidence; an end is infinite where nothing is known.
+        Where the true number lies with 95 % confidence, around the score; an end is infinite where nothing is known.
     reason
         A sentence with the number, its interval and the limit.
     needed
@@ -40,8 +42,8 @@ class Finding:
     Raises
     ------
     MeasurementError
-        For a verdict on NaN or on an interval without order, which is never "pass", for one that is no verdict, and for
-        a score or an end that is no number.
+        For a verdict on NaN, on an interval without order or on a score outside of its interval, which is never "pass",
+        for one that is no verdict, and for a score or an end that is no number.
     """
 
     detector: str
@@ -68,6 +70,21 @@ class Finding:
                 f"detector {self.detector!r} calls {self.score} (95 % interval {low} to {high}) {self.verdict!r}",
                 "a verdict needs a finite score and an interval; raise MeasurementError if there is none",
             )
+        if self.verdict != "unmeasured" and not _within(self.score, low, high):
+            raise MeasurementError(
+                f"detector {self.detector!r} gave the score {self.score}, outside of its own 95 % interval {low} to "
+                f"{high}",
+                "score and interval of the same number, in the same unit; an interval that is corrected for a bias "
+                "is widened to the score",
+            )
+
+    def _repr_html_(self) -> str:
+        return f"<p><strong>{escape(self.verdict)}</strong> {escape(f'{self.detector}: {self.reason}')}</p>"
+
+
+def _within(score: float, low: float, high: float) -> bool:
+    rounding = ROUNDING * max(abs(number) for number in (score, low, high) if math.isfinite(number))
+    return bool(low - rounding <= score <= high + rounding)
 
 
 class Detector(Protocol):

@@ -17,6 +17,7 @@ from sharpscope.detectors.findings import Detector
 from sharpscope.detectors.layers import SharpnessDetector, StragglerDetector
 from sharpscope.detectors.scan import MeasuredDetector, RecommendedAlphaDetector
 from sharpscope.errors import SharpscopeError, UsageError, nearest
+from sharpscope.home import at_home
 from sharpscope.table import EVALUATIONS
 from sharpscope.toml import read_toml, underscored
 
@@ -97,7 +98,7 @@ def read_rules(path: str | Path, known: tuple[str, ...] = ()) -> Rules:
     UsageError
         For the first thing that cannot be meant, naming file, rule, key and the nearest one known.
     """
-    place = Path(path)
+    place = at_home(path)
     stored = read_toml(place, "file of rules", "a file of TOML, e.g. --rules pyproject.toml")
     return rules_from(_table(stored, place) if "tool" in stored else stored, str(place), known)
 

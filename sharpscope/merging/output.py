@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sharpscope.errors import SharpscopeError, UsageError
+from sharpscope.home import at_home
 from sharpscope.merging.plan import MergePlan
 from sharpscope.models.weight_files import SafetensorsFile, TorchFile, WeightsFile
 from sharpscope.recipe_file import NAME, RecipeFile, write_recipe
@@ -70,7 +71,7 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
 
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> Path:
     """Return the absolute place of a merge, after what :func:`write_merge` refuses; nothing is left there."""
-    target = Path(os.path.abspath(Path(out).expanduser()))  # noqa: PTH100  # not through links: they would be replaced
+    target = Path(os.path.abspath(at_home(out)))  # noqa: PTH100  # not through links: they would be replaced
     _check_target(plan, target, overwrite)
     try:
         _check_room(plan, target, check_writable(target.parent))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.models.weight_files import SUFFIXES
 
 Kind = Literal["directory", "file", "hub", "oc", "timm", "py"]
@@ -82,7 +83,7 @@ def parsed(ref: str | Path) -> Reference:
     if text.startswith("py:"):
         return Reference(text, "py", text.removeprefix("py:"))
     bare = text.removeprefix("hf:")
-    path = Path(bare).expanduser()
+    path = at_home(bare)
     if path.is_dir():
         return Reference(text, "directory", str(path))
     if path.is_file():
@@ -96,15 +97,15 @@ def parsed(ref: str | Path) -> Reference:
 
 def _named(text: str, kind: Kind, rest: str) -> Reference:
     """Return NAME/TAG or NAME/FILE, the file relative or absolute; or a directory for that library."""
-    whole = Path(rest).expanduser()
+    whole = at_home(rest)
     if whole.is_dir():
         return Reference(text, "directory", str(whole), kind)
     name, _, weights = rest.partition("/")
     if not name:
         raise UsageError(f"{text!r} names no configuration", FORMS)
     for place in (weights, f"/{weights}"):
-        if weights and Path(place).expanduser().is_file():
-            return Reference(text, kind, name, str(Path(place).expanduser()))
+        if weights and at_home(place).is_file():
+            return Reference(text, kind, name, str(at_home(place)))
     if Path(weights).suffix in SUFFIXES:
         raise UsageError(f"{text!r}: there is no file {weights!r}", FORMS)
     return Reference(text, kind, name, weights)
@@ -119,7 +120,7 @@ def placed(ref: str, place: Path) -> str:
     kind, _, rest = ref.partition(":")
     if kind not in ("oc", "timm"):
         return str(place)
-    whole = place.is_dir() or Path(rest).expanduser().is_dir()
+    whole = place.is_dir() or at_home(rest).is_dir()
     return f"{kind}:{place}" if whole else f"{kind}:{rest.partition('/')[0]}/{place}"
 
 

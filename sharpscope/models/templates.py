@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sharpscope.classnames import read_text
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 
 DEFAULT = ("a photo of a {}.",)
 _FIX = "one sentence per line with {} where the class name goes, e.g. 'a photo of a {}.'"
@@ -40,7 +41,7 @@ def read_templates(path: str | Path) -> tuple[str, ...]:
     UsageError
         If there is no such file, it is no UTF-8, or a line is no template.
     """
-    file = Path(path)
+    file = at_home(path)
     if not file.is_file():
         raise UsageError(f"there is no file of templates at {file}", _FIX)
     text = read_text(file)

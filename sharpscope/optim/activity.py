@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 
 FORMAT = 1
 COLUMNS = (
@@ -57,7 +58,7 @@ def read_audit(path: str | Path) -> Audit:
     UsageError
         If the file is missing or no audit log, or a line before the last is damaged.
     """
-    file = Path(path)
+    file = at_home(path)
     if not file.exists():
         raise UsageError(
             f"{file} does not exist",

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 from sharpscope.optim.activity import Audit, read_audit
 from sharpscope.report.drawing import inlined, svg
@@ -62,9 +63,9 @@ def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = 
     UsageError
         If the audit log cannot be read.
     """
-    place = Path(folder)
+    place = at_home(folder)
     (place / "figures").mkdir(parents=True, exist_ok=True)
-    log = Path(audit) if audit is not None else place / AUDIT
+    log = at_home(audit) if audit is not None else place / AUDIT
     found = exhibits(result, read_audit(log) if audit is not None or log.is_file() else None)
     drawn = [(exhibit, None if exhibit.figure is None else svg(exhibit.figure)) for exhibit in found]
     for exhibit, document in drawn:
@@ -78,7 +79,7 @@ def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = 
 
 def remove(folder: str | Path) -> None:
     """Remove what :func:`write` and ``sharpscope check`` left in the folder; a page by somebody else stays."""
-    place = Path(folder)
+    place = at_home(folder)
     index, findings = place / "index.html", place / CHECK
     if index.is_file() and OURS in index.read_text(encoding="utf-8", errors="replace"):
         index.unlink()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from sharpscope.stragglers.interval import mean_interval
 from sharpscope.stragglers.paired import Difference
-from sharpscope.stragglers.standing import Base, Moves, is_move
+from sharpscope.stragglers.standing import Base, Moves, is_move, moved_key
 from sharpscope.table import Cell
 
 MEAN_OOD = "ood mean"
@@ -42,9 +43,24 @@ def _places(splits: Sequence[str], ood: Sequence[str]) -> list[tuple[str, list[s
     return [*((split, [split]) for split in splits), *([(MEAN_OOD, list(ood))] if ood else [])]
 
 
+def _bases(settings: Mapping[str, Any]) -> list[Base]:
+    return [Base(str(question), float(alpha)) for question, alpha in settings["bases"]]
+
+
 def _found(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Moves]:
     known = {cell.key: cell for cell in cells if is_move(cell)}
-    return [Moves(known, Base(str(question), float(alpha)), settings["limit"]) for question, alpha in settings["bases"]]
+    return [Moves(known, base, settings["limit"]) for base in _bases(settings)]
+
+
+def keys_of_moves(settings: Mapping[str, Any], layers: Sequence[str], splits: Sequence[str]) -> Iterator[str]:
+    """Yield the keys of the cells without which no interventions are finished: of the moves made in any case."""
+    moves = [("base", "")]
+    for layer in layers:
+        moves += [("layer", layer), *((f"control {draw}", layer) for draw in range(settings["draws"]))]
+    if settings.get("cumulative"):
+        moves += [(end, layer) for end in ("first", "last") for layer in layers[1:-1]]
+    for base, split, move in product(_bases(settings), splits, moves):
+        yield moved_key(base, split, settings["limit"], *move)
 
 
 def effects(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,11 @@ class Candidate:
 def recipe_key(split: str, what: str) -> str:
     """Return the key of the cell that holds the answers of tried weights on a set."""
     return f"{_PREFIX}|{split}|{_PREFIX}/{what}"
+
+
+def keys_of_trials(tried: Mapping[str, Any], splits: Sequence[str]) -> Iterator[str]:
+    """Yield the keys of the cells that hold the answers of all trials; see :func:`candidates`."""
+    return (recipe_key(split, trial["key"]) for trial in tried["trials"] for split in splits)
 
 
 def candidates(cells: Iterable[Cell], tried: Mapping[str, Any] | None, correct: Correct) -> list[Candidate]:

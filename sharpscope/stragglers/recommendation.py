@@ -90,6 +90,11 @@ class Recommendation:
         plan = scanned_plan(self.scan, self.recipe, zero_shot=zero_shot, fine_tuned=fine_tuned)
         return write_plan(plan, out, overwrite=overwrite)
 
+    def _repr_html_(self) -> str:
+        from sharpscope.summary import recommendation_as_html
+
+        return recommendation_as_html(self)
+
 
 def halves(count: int, seed: int) -> tuple[Array, Array]:
     """Return the positions of the images that are chosen on, and of those that are quoted on."""
