@@ -100,19 +100,31 @@ BREAKAGES = {
         "test_point.py::test_product_is_symmetric_and_linear",
     ),
     "a cross block leaks into a layer": (
-        "curvature/trace.py", "for piece in torch.split(row", "for piece in [row] * len(sizes) or torch.split(row",
+        "curvature/trace.py", "mine = select(probe, names)", "mine = dict(probe)",
         "test_trace.py::test_diagonal_hessian_is_exact_after_the_first_draws_and_no_own_probes_are_spent",
     ),
     "all batches get the same probe": (
         "curvature/trace.py", "of, draw, number)", "of, draw)",
         "test_trace.py::test_the_stated_error_is_the_spread_of_the_draws_where_all_batches_are_alike",
     ),
+    "examples that depend on each other are groups": (
+        "curvature/groups.py", "abs(float(parts.sum()) - whole) <= GAP * abs(whole)", "True",
+        "test_groups.py::test_models_whose_examples_are_no_groups_have_none[Mixes]",
+    ),
+    "what is left to a node is lost": (
+        "curvature/passes.py", "node.left = parts", "node.left = None",
+        "test_groups.py::test_each_groups_product_is_that_of_the_group_by_itself[smooth-vit-hessian]",
+    ),
+    "a norm's weight is never asked for": (
+        "curvature/smooth.py", "if goes_on(ctx, 2) else None", "if False else None",
+        "test_groups.py::test_gradient_and_products_with_one_vector_are_those_of_the_batch[smooth]",
+    ),
     "half the variance of a probe": (
         "curvature/trace.py", "else 2 * self.spread\n", "else 0.3 * self.spread\n",
         "test_trace.py::test_standard_error_covers_the_truth_as_often_as_it_should",
     ),
     "the Gauss-Newton matrix forgets the loss": (
-        "curvature/gauss_newton.py", "grad(graph.outputs, leaves, bent", "grad(graph.outputs, leaves, moved",
+        "curvature/gauss_newton.py", "(graph.outputs, views, bent", "(graph.outputs, views, graph.moved(live, v, each)",
         "test_oracles.py::test_products_whole_and_per_layer[mlp-gauss_newton]",
     ),
     "the adaptive step lacks a scale": (
