@@ -59,7 +59,8 @@ def path() -> str:
     head = ["images", "batch", "alpha", "point", "trace", "eigenvalue", "m-sharpness", "first three",
             "in gradients of its batches", "whole, block products", "seconds"]  # fmt: skip
     peak, limit = max(row["peak_bytes"] for row in result["rows"]), result["settings"]["memory"]
-    return f"{table(head, rows)}\n\n{about(result)} Peak {peak / GIB:.0f} GiB, limit {limit}."
+    within = f", limit {limit}" if limit else ""
+    return f"{table(head, rows)}\n\n{about(result)} Peak {peak / GIB:.0f} GiB{within}."
 
 
 def moves() -> str:

@@ -14,6 +14,7 @@ from sharpscope.batches import check_taken
 from sharpscope.budget import pieces_for
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.device import own_device
 from sharpscope.errors import ModelError, UsageError
@@ -200,6 +201,7 @@ def prepare(
         ranks=ranks,
         parallel=parallel,
         memory=memory,
+        workspace=Workspace(memory=memory),
         texts=texts,
     )
 

@@ -208,8 +208,9 @@ def test_a_probe_of_all_groups_has_room():
     fn, weights = objective(net, 320), weights_of(net)
     names = list(dict(net.named_parameters()))
     size = sum(weights[name].nbytes for name in names)
-    room = groups._memory(torch.device("cpu")) * groups.ROOM
-    assert grouping(fn, weights, names).most == int(room / size)
+    assert grouping(fn, weights, names).most == int(groups._memory(torch.device("cpu"), None) * groups.ROOM / size)
+    assert grouping(fn, weights, names, memory=int(5.5 * size / groups.ROOM)).most == 5
+    assert grouping(fn, weights, names, memory=size) == Grouping()
 
 
 def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):

@@ -23,7 +23,7 @@ from sharpscope.precision import matmul_precision
 from sharpscope.tree import Tree
 
 LEAST = 8  # examples of a group: smaller ones hardly lower the variance of a trace further
-ROOM = 1 / 16  # share of a device's memory that one probe of all groups may take
+ROOM = 1 / 24  # share of the memory that one probe of all groups may take; four or five such are there at once
 # As a share: more work means that something is computed once a group and not once an example, such as texts.
 DEARER = 0.02
 GAP = 1e-3  # as a share of the loss
@@ -69,14 +69,14 @@ class Grouping:
         return [pieces_of(batch, self.of(batch), objective.pieces) for batch in objective.own_batches]
 
 
-def grouping(objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
+def grouping(objective: Objective, weights: Tree, names: Sequence[str], memory: int | None = None) -> Grouping:
     """Return the grouping that the objective allows, none where its examples cannot be computed in groups.
 
     They can where the loss is a sum over examples, ``vmap`` takes the model, groups give the loss that they give
-    together, and it is no more work. Tried on two groups. Cost: two forwards of them.
+    together, and it is no more work. Tried on two groups. ``memory`` is a limit in bytes. Cost: two forwards of them.
     """
     bytes_each = sum(weights[name].nbytes for name in names)
-    most = Grouping(int(_memory(weights[names[0]].device) * ROOM / max(bytes_each, 1)))
+    most = Grouping(int(_memory(weights[names[0]].device, memory) * ROOM / max(bytes_each, 1)))
     batch = max(objective.batches, key=most.of)
     if objective.coupled or objective.again is not None or (groups := most.of(batch)) == 1:
         return Grouping()
@@ -84,11 +84,13 @@ def grouping(objective: Objective, weights: Tree, names: Sequence[str]) -> Group
     return most if _alike(objective, weights, names, two) else Grouping()
 
 
-def _memory(device: torch.device) -> int:
-    """Return all memory of the device: what is free differs from run to run, and with it the probes would."""
+def _memory(device: torch.device, limit: int | None) -> int:
+    """Return all memory of the device, or the limit: what is free differs from run to run, and with it probes would."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = torch.cuda.mem_get_info(device)[1]
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total if limit is None else min(total, limit)
 
 
 def _alike(objective: Objective, weights: Tree, names: Sequence[str], two: Piece) -> bool:

@@ -103,11 +103,20 @@ class Workspace:
 
     On a GPU the first point's stays for the next ones: the gradient graph of every batch is recorded, with the
     products through it, and at another point all is replayed on the same memory with new weights. A point is of no
-    use any more once its workspace has served the next one. Elsewhere each point has a place of its own.
+    use any more once its workspace has served the next one. Elsewhere each point has a place of its own, as where the
+    host starts kernels quickly enough.
+
+    Parameters
+    ----------
+    recording
+        Whether to record at all.
+    memory
+        Limit in bytes, by which probes of groups are counted out.
     """
 
-    def __init__(self, *, recording: bool = True) -> None:
+    def __init__(self, *, recording: bool = True, memory: int | None = None) -> None:
         self._recording = recording
+        self._memory = memory
         self._held: Place | None = None
         self._recorder: Recorder | None = None
         self._grouping: tuple[Objective, Grouping] | None = None
@@ -169,7 +178,7 @@ class Workspace:
     def _grouped(self, objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
         """Return the objective's grouping, found once."""
         if self._grouping is None or self._grouping[0] is not objective:
-            self._grouping = objective, grouping(objective, weights, names)
+            self._grouping = objective, grouping(objective, weights, names, self._memory)
         return self._grouping[1]
 
     def _recorded(
