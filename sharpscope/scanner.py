@@ -89,9 +89,10 @@ def scan(
     limit
         Most images that sharpness is measured on, drawn by class with the seed; None: all. Evaluation uses all.
     batch_size
-        Examples whose gradient graph is built at once; bounds memory. Groups of 8 or more examples
-        in a batch have trace probes of their own; other numbers change by rounding only. A contrastive loss is a mean over batches of
-        exactly this size, which are the groups of its m-sharpness and are never cut.
+        Examples whose gradient graph is built at once; bounds memory. Groups of 8 or more examples in a batch have
+        trace probes of their own, so the size of batches changes traces within their errors; other numbers by rounding
+        only. A contrastive loss is a mean over batches of exactly this size, which are the groups of its m-sharpness
+        and are never cut.
     granularity, patterns
         What a layer is; see :func:`sharpscope.partition.partition`.
     interventions
