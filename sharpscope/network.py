@@ -56,13 +56,23 @@ class Network:
         return found
 
 
+_PARTS = frozenset(vars(nn.Module()))  # of a module, which torch itself puts weights in and out of
+
+
 @contextmanager
 def _attributes_kept(submodules: Iterable[dict[str, Any]]) -> Iterator[None]:
     """Put back attributes where a plain tensor is written among them: what pruning computes from weights, a cache.
 
-    All of a submodule's or none: a number that says what a cached tensor holds goes with it.
+    All of a submodule's or none: a number that says what a cached tensor holds goes with it. Lists and dicts among
+    them likewise.
     """
     before = [(own, own.copy()) for own in submodules]
+    held = [
+        (value, value.copy())
+        for own, _ in before
+        for name, value in own.items()
+        if type(value) in (dict, list) and name not in _PARTS
+    ]
     try:
         yield
     finally:
@@ -71,6 +81,11 @@ def _attributes_kept(submodules: Iterable[dict[str, Any]]) -> Iterator[None]:
             if not same and any(isinstance(value, Tensor) and value is not known.get(n) for n, value in own.items()):
                 own.clear()
                 own.update(known)
+        for value, known in held:
+            new, old = (list(some.values()) if isinstance(some, dict) else some for some in (value, known))
+            if any(isinstance(member, Tensor) and all(member is not other for other in old) for member in new):
+                value.clear()
+                value.update(known) if isinstance(value, dict) else value.extend(known)
 
 
 def logits(outputs: Any) -> Tensor:

@@ -14,15 +14,22 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope.curvature import attention, groups, smooth, workspace
-from sharpscope.curvature.groups import Grouping, grouping, pieces_of
+from sharpscope.curvature.groups import Grouping, pieces_of
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import contrastive, cross_entropy
 from sharpscope.network import network
 from sharpscope.objective import Batch, Objective
 from sharpscope.partition import container_names, partition
 from sharpscope.table import MODEL
 from sharpscope.tree import norm, rademacher
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Networks of a few weights are busy enough."""
+    monkeypatch.setattr(groups, "BUSY", 0)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "smooth"])
@@ -176,7 +183,98 @@ class Texts(Wrapped):
         return self.net(x + self.classes(self.texts).mean(0).view(1, 4, 4))
 
 
-@pytest.mark.parametrize("kind", [Reads, Mixes, Texts])
+class Gated(Wrapped):
+    """A gate that is zero now lets examples see each other: the loss is that of groups, its derivatives are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        found = self.net(x)
+        return found + self.gate * found.mean(0)
+
+
+class Asks(Wrapped):
+    """A gradient within the forward."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(x).square().sum(), x, create_graph=True)
+        return self.net(slope)
+
+
+class Padded(nn.Module):
+    """An embedding whose padding has no gradient."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.table, self.head = nn.Embedding(3, 5, **how).double(), nn.Linear(80, 3).double()
+
+    def forward(self, x):
+        return self.head(self.table((x > 0).long() + (x > 1).long()).flatten(1))
+
+
+@pytest.mark.parametrize("how", [{"padding_idx": 0}, {"padding_idx": 2}, {"scale_grad_by_freq": True}])
+def test_what_vmap_leaves_out_of_an_embedding_is_not_left_out(how):
+    torch.manual_seed(0)
+    net = Padded(**how).eval()
+    found = point(net, objective(net))
+    assert found.grouping == Grouping()
+    plain = Padded().eval()
+    assert point(plain, objective(plain)).grouping.most > 1
+
+
+class Remembers(Wrapped):
+    """A cache by the number of examples, and then a number on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.last = {}, [None]
+
+    def forward(self, x):
+        self.last[0] = self.net(x)
+        if len(x) not in self.cache:
+            self.cache[len(x)] = x.mean()
+        return self.last[0] * (1.0 if float(self.cache[len(x)]) < 1e9 else 0.0)
+
+
+def test_nothing_of_vmap_stays_in_the_module():
+    net = Remembers().eval()
+    found = point(net, objective(net))
+    assert found.grouping == Grouping()
+    assert (net.cache, net.last) == ({}, [None])
+    assert torch.isfinite(net(images(8)[0])).all()
+
+
+class InPlace(nn.Module):
+    """Written into after a linear layer and after patches, which closed forms give as views."""
+
+    def __init__(self):
+        super().__init__()
+        patch = nn.Conv2d(1, 6, 2, stride=2)
+        self.all = nn.Sequential(
+            patch, nn.Hardtanh(inplace=True), nn.Flatten(), nn.Linear(24, 3), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x):
+        return self.all(x)
+
+
+@pytest.mark.usefixtures("routes")
+def test_what_is_written_in_place_is_measured_all_the_same():
+    torch.manual_seed(0)
+    net = InPlace().double().eval()
+    fn = objective(net)
+    found = point(net, fn)
+    v = rademacher(found.gradient, "v")
+    _, image = by_torch(net, fn.batches[0], v)
+    for name, tensor in found.product(v).items():
+        torch.testing.assert_close(tensor, image[name] / 48, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Reads, Mixes, Texts, Gated, Asks])
 def test_models_whose_examples_are_no_groups_have_none(kind):
     net = kind().eval()
     found = point(net, objective(net))
@@ -188,7 +286,7 @@ def test_models_whose_examples_are_no_groups_have_none(kind):
 def test_a_contrastive_batch_has_no_groups():
     batch = Batch(torch.randn(32, 4).double(), torch.arange(32))
     fn = Objective(lambda w, x: (x @ w["a"]) @ x.T, contrastive, (batch,))
-    assert grouping(fn, {"a": torch.eye(4).double()}, ["a"]) == Grouping()
+    assert Point(fn, {"a": torch.eye(4).double()}, ["a"]).grouping == Grouping()
 
 
 def test_inputs_by_name_are_grouped_too():
@@ -205,12 +303,22 @@ def test_inputs_by_name_are_grouped_too():
 
 def test_a_probe_of_all_groups_has_room():
     net = made("mlp")
-    fn, weights = objective(net, 320), weights_of(net)
-    names = list(dict(net.named_parameters()))
-    size = sum(weights[name].nbytes for name in names)
-    assert grouping(fn, weights, names).most == int(groups._memory(torch.device("cpu"), None) * groups.ROOM / size)
-    assert grouping(fn, weights, names, memory=int(5.5 * size / groups.ROOM)).most == 5
-    assert grouping(fn, weights, names, memory=size) == Grouping()
+    fn = objective(net, 320)
+    size = sum(p.nbytes for p in net.parameters())
+
+    def most(memory):
+        return point(net, fn, workspace=Workspace(memory=memory)).grouping.most
+
+    assert most(None) == int(groups._memory(torch.device("cpu"), None) * groups.ROOM / size)
+    assert most(int(5.5 * size / groups.ROOM)) == 5
+    assert most(size) == 1
+
+
+def test_a_group_has_as_many_rows_as_its_probe_is_worth(monkeypatch):
+    """A linear layer of one row an example: so many examples a group as make the operations for each weight."""
+    monkeypatch.setattr(groups, "BUSY", 128)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)).double().eval()
+    assert point(net, objective(net, 320)).grouping.least == 64  # of 2 operations a row for each weight
 
 
 def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):
@@ -251,7 +359,7 @@ def test_a_point_with_groups_that_is_dropped_frees_its_graphs(monkeypatch):
         here.product(here.gradient)
         tensor = weakref.ref(here._graphs.kept[0].slopes["head.weight"])
         assert tensor() is not None
-        assert all(ctx() is not None for ctx in watched)
+        assert not watched or any(ctx() is not None for ctx in watched)  # not those of the trial
         del here
         assert tensor() is None
         assert all(ctx() is None for ctx in watched)

@@ -19,6 +19,26 @@ class Mixed(nn.Module):
         return (1.702 * x) * torch.sigmoid(x) + torch.sigmoid(1.702 * x) * x.flip(-1)
 
 
+class Written(nn.Module):
+    """QuickGELUs but for what is written in between."""
+
+    def forward(self, x):
+        x = x * 1.0
+        gate = torch.sigmoid(1.702 * x)
+        x.add_(1.0)
+        other = 1.702 * x
+        other.add_(0.5)
+        return x * gate + x * torch.sigmoid(other)
+
+
+class ByKeywords(nn.Module):
+    """Calls that a closed form has no place for."""
+
+    def forward(self, x):
+        wide = torch.layer_norm(x, (6,), torch.ones(6).double(), torch.ones(6).double(), 1e-5, False)
+        return nn.functional.gelu(input=wide) + torch.mul(input=x, other=x) + torch.sigmoid(input=1.702 * x) * x
+
+
 def affine_norm():
     norm = nn.LayerNorm(6)
     nn.init.normal_(norm.weight)
@@ -31,6 +51,8 @@ MIDDLES = {
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick": QuickGelu,
     "mixed": Mixed,
+    "written": Written,
+    "keywords": ByKeywords,
     "norm": affine_norm,
     "norm_without_bias": lambda: nn.LayerNorm(6, bias=False),
     "norm_without_weights": lambda: nn.LayerNorm(6, elementwise_affine=False),

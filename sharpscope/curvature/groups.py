@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sharpscope.objective import Batch, Objective
@@ -23,10 +25,14 @@ from sharpscope.precision import matmul_precision
 from sharpscope.tree import Tree
 
 LEAST = 8  # examples of a group: smaller ones hardly lower the variance of a trace further
-ROOM = 1 / 24  # share of the memory that one probe of all groups may take; four or five such are there at once
+# Operations of a group's forward for each of its weights, about twice the rows that a weight is used on. A probe of a
+# group costs as much as its weights are many: below this, in wide networks of few rows, that is most of a product.
+BUSY = 128
+ROOM = 1 / 24  # share of the memory that one probe of all groups may take; five or six such are there at once
 # As a share: more work means that something is computed once a group and not once an example, such as texts.
 DEARER = 0.02
-GAP = 1e-3  # as a share of the loss
+GAP = {torch.float64: 1e-9}  # between gradients in two ways, as a share
+GAP_IN_FLOAT32 = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,30 +64,66 @@ class Grouping:
     """How batches are grouped."""
 
     most: int = 1  # groups of a batch
+    least: int = LEAST  # examples of a group
 
     def of(self, batch: Batch) -> int:
         """Return the number of groups, all of one size."""
         count = len(batch.targets)
-        return max(g for g in range(1, max(min(self.most, count // LEAST), 1) + 1) if count % g == 0)
+        return max(g for g in range(1, max(min(self.most, count // self.least), 1) + 1) if count % g == 0)
 
     def cut(self, objective: Objective) -> list[list[Piece]]:
         """Return the pieces of each of this rank's batches."""
         return [pieces_of(batch, self.of(batch), objective.pieces) for batch in objective.own_batches]
 
 
-def grouping(objective: Objective, weights: Tree, names: Sequence[str], memory: int | None = None) -> Grouping:
+def grouping(
+    objective: Objective,
+    weights: Tree,
+    names: Sequence[str],
+    gradient: Callable[[Piece], Tree],
+    memory: int | None = None,
+) -> Grouping:
     """Return the grouping that the objective allows, none where its examples cannot be computed in groups.
 
-    They can where the loss is a sum over examples, ``vmap`` takes the model, groups give the loss that they give
-    together, and it is no more work. Tried on two groups. ``memory`` is a limit in bytes. Cost: two forwards of them.
+    They can where the loss is a sum over examples, ``vmap`` takes the model, groups have the gradient that they have
+    together, and it is no more work. Groups are as small as is worth their probes.
+
+    Parameters
+    ----------
+    objective, weights, names
+        The mean loss, all tensors, and those that are differentiated.
+    gradient
+        Returns that of a piece's groups together. Tried on two groups of every batch of another size or shape.
+    memory
+        Limit in bytes, of which :data:`ROOM` is a share; None: all that the device has.
     """
-    bytes_each = sum(weights[name].nbytes for name in names)
-    most = Grouping(int(_memory(weights[names[0]].device, memory) * ROOM / max(bytes_each, 1)))
-    batch = max(objective.batches, key=most.of)
-    if objective.coupled or objective.again is not None or (groups := most.of(batch)) == 1:
+    if objective.coupled or objective.again is not None:
         return Grouping()
-    two = Piece(batch.split([2 * (len(batch.targets) // groups)])[0], range(2))
-    return most if _alike(objective, weights, names, two) else Grouping()
+    entries = sum(weights[name].numel() for name in names)
+    bytes_each = sum(weights[name].nbytes for name in names)
+    most = int(_memory(weights[names[0]].device, memory) * ROOM / max(bytes_each, 1))
+    large = max(objective.batches, key=lambda batch: len(batch.targets))
+    if min(most, len(large.targets) // LEAST) < 2:
+        return Grouping()
+    try:
+        work = _operations(objective, weights, names, Piece(large.split([LEAST])[0]))
+        found = Grouping(most, max(LEAST, -(-BUSY * entries * LEAST // max(work, 1))))
+        different = {_shapes(batch): batch for batch in objective.batches if found.of(batch) > 1}
+        sound = all(_alike(objective, weights, names, gradient, _two(batch, found)) for batch in different.values())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model does that vmap cannot follow: control flow, numbers read from tensors
+        return Grouping()
+    return found if sound else Grouping()
+
+
+def _shapes(batch: Batch) -> tuple[object, ...]:
+    inputs = batch.inputs.values() if isinstance(batch.inputs, Mapping) else (batch.inputs,)
+    return tuple(tensor.shape for tensor in (*inputs, batch.targets))
+
+
+def _two(batch: Batch, found: Grouping) -> Piece:
+    return Piece(batch.split([2 * (len(batch.targets) // found.of(batch))])[0], range(2))
 
 
 def _memory(device: torch.device, limit: int | None) -> int:
@@ -93,22 +135,52 @@ def _memory(device: torch.device, limit: int | None) -> int:
     return total if limit is None else min(total, limit)
 
 
-def _alike(objective: Objective, weights: Tree, names: Sequence[str], two: Piece) -> bool:
-    """Return whether two groups have the loss that they have together, without further work."""
-    with torch.no_grad(), warnings.catch_warnings(), matmul_precision("highest"):  # TF32 would blur a small loss
+@torch.no_grad()
+def _operations(objective: Objective, weights: Tree, names: Sequence[str], piece: Piece) -> int:
+    """Return the operations of matrix products in the loss of a piece."""
+    own = Views.of({name: weights[name] for name in names}, piece)
+
+    def part(own: Tree, batch: Batch) -> Tensor:
+        return objective.part({**weights, **own}, batch)
+
+    with FlopCounterMode(display=False) as counter:
+        mapped(part, own.tensors, piece) if own.several else part(own.tensors, piece.batch)
+    return int(counter.get_total_flops())
+
+
+def _alike(
+    objective: Objective, weights: Tree, names: Sequence[str], gradient: Callable[[Piece], Tree], two: Piece
+) -> bool:
+    """Return whether two groups have the gradient that they have together, without further work."""
+    together = Piece(two.batch)
+    with warnings.catch_warnings(), matmul_precision("highest"), _Refusing():
         warnings.filterwarnings("error", message="There is a performance drop")  # a loop over the groups
-        with FlopCounterMode(display=False) as together:
-            whole = float(objective.part(weights, two.batch))
-        try:
-            with FlopCounterMode(display=False) as apart:
-                own = Views.of({name: weights[name] for name in names}, two)
-                parts = mapped(lambda own, batch: objective.part({**weights, **own}, batch), own.tensors, two)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a model does that vmap cannot follow: control flow, numbers read from tensors
-            return False
-    work, once = apart.get_total_flops(), together.get_total_flops()
-    return bool(work <= (1 + DEARER) * once) and abs(float(parts.sum()) - whole) <= GAP * abs(whole)
+        once, work = (_operations(objective, weights, names, piece) for piece in (together, two))
+        one, other = gradient(together), gradient(two)
+    most = max((float(tensor.abs().max()) for tensor in one.values() if tensor.numel()), default=0.0)
+
+    def near(a: Tensor, b: Tensor) -> bool:
+        gap = GAP.get(a.dtype, GAP_IN_FLOAT32)
+        return float((a - b).abs().max()) <= gap * max(float(a.abs().max()), 1e-3 * most)
+
+    same = one.keys() == other.keys() and all(near(one[name], other[name]) for name in one if one[name].numel())
+    return same and work <= (1 + DEARER) * once
+
+
+class _Refusing(TorchFunctionMode):
+    """Refuses embeddings with a padding index or gradients scaled by frequency, which ``vmap`` leaves out silently."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "embedding":
+            freely = 5 if function is functional.embedding else 3  # the place of scale_grad_by_freq
+            padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+            scaled = args[freely] if len(args) > freely else kwargs.get("scale_grad_by_freq", False)
+            if padding not in (None, -1) or scaled:
+                raise NotImplementedError("vmap of an embedding with more than a table")
+        return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)

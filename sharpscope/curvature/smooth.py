@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sharpscope.curvature.attention import attention, attention_of_groups, plain
@@ -264,8 +263,8 @@ class _Smooth(TorchFunctionMode):
     def __init__(self, *, batched: bool = False) -> None:
         super().__init__()
         self._batched = batched
-        self._scaled: tuple[Tensor, Tensor] | None = None  # 1.702 x and x
-        self._gate: tuple[Tensor, Tensor] | None = None  # sigmoid(1.702 x) and x
+        self._scaled: tuple[_Seen, _Seen] | None = None  # 1.702 x and x
+        self._gate: tuple[_Seen, _Seen] | None = None  # sigmoid(1.702 x) and x
 
     def _live(self, tensor: Tensor) -> bool:
         return self._batched or tensor.requires_grad
@@ -274,49 +273,76 @@ class _Smooth(TorchFunctionMode):
         return at_once(function, *arguments) if self._batched else function(*arguments)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return at_once(linear, input, weight, bias) if self._batched else functional.linear(input, weight, bias)
+        return at_once(linear, input, weight, bias)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
+        if not args or not isinstance(args[0], Tensor):  # called by keywords, or with no tensor
+            return function(*args, **kwargs)
         if name == "gelu" and self._live(args[0]):
             return self._call(_activation, args[0], kwargs.get("approximate", "none"))
         if name == "layer_norm" and (norm := _affine(*args, **kwargs)) and self._live(norm[0]):
             return self._call(_norm, *norm)
-        if name == "linear":
-            return self._linear(*args, **kwargs)
-        if name == "conv2d" and (found := along_patches(self._linear, *args, **kwargs)) is not None:
-            return found
         if name == "scaled_dot_product_attention" and (asked := plain(*args, **kwargs)) and self._live(asked[0]):
             return self._call(attention_of_groups if self._batched else attention, *asked)
-        if name in ("mul", "__mul__", "__rmul__"):
-            if self._gate is not None and any(
-                args[i] is self._gate[0] and args[1 - i] is self._gate[1] for i in (0, 1)
-            ):
-                return self._call(_activation, self._gate[1], "quick")
-            found = function(*args, **kwargs)
+        if self._batched and name in ("linear", "conv2d"):
+            return self._windows(function, name, args, kwargs)
+        return self._quick(function, name, args, kwargs)
+
+    def _windows(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "linear":
+            return self._linear(*args, **kwargs)
+        found = along_patches(self._linear, *args, **kwargs)
+        return function(*args, **kwargs) if found is None else found
+
+    def _quick(self, function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what is asked; a QuickGELU is three calls, between which nothing may have been written."""
+        product = name in ("mul", "__mul__", "__rmul__") and len(args) > 1
+        if product and self._gate is not None:
+            gate, x = self._gate
+            if any(gate.is_still(args[i]) and x.is_still(args[1 - i]) for i in (0, 1)):
+                return self._call(_activation, args[0] if x.is_still(args[0]) else args[1], "quick")
+        found = function(*args, **kwargs)
+        if product:
             number, tensor = sorted(args[:2], key=lambda a: isinstance(a, Tensor))
             if not isinstance(number, Tensor) and number == 1.702 and self._live(tensor):
-                self._scaled = (found, tensor)
-            return found
-        found = function(*args, **kwargs)
-        if name == "sigmoid" and self._scaled is not None and args[0] is self._scaled[0]:
-            self._gate = (found, self._scaled[1])
+                self._scaled = _Seen(found), _Seen(tensor)
+        elif name == "sigmoid" and self._scaled is not None and self._scaled[0].is_still(args[0]):
+            self._gate = _Seen(found), self._scaled[1]
         return found
 
 
+class _Seen:
+    """A tensor as it was when it was seen."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def is_still(self, other: object) -> bool:
+        """Return whether it is that, and nothing was written into it since."""
+        return other is self._tensor and self._tensor._version == self._version
+
+
 def _affine(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_rest: Any,
+    **_more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Return the arguments of `_norm` if that is what the call is."""
     return None if weight is None or bias is None or len(shape) > 1 else (x, weight, bias, eps)
 
 
 def smooth(*, on: bool = True, batched: bool = False) -> AbstractContextManager[Any]:
-    """Return a context in which GELUs and affine LayerNorms are recorded with closed-form second derivatives.
+    """Return a context in which GELUs, affine LayerNorms and attention have closed-form second derivatives.
 
-    On a CPU it does not pay: nothing is fused there (a block product took a quarter longer).
+    With ``batched``, within ``vmap``, linear layers and patches too. On a CPU it does not pay: nothing is fused there
+    (a block product took a quarter longer).
     """
     return _Smooth(batched=batched) if on else nullcontext()

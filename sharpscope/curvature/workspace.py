@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes, twice_differentiable
 from sharpscope.curvature.groups import Grouping, Piece, Views, grouping, mapped
 from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.smooth import smooth
-from sharpscope.objective import Batch, Objective
+from sharpscope.objective import Batch, Objective, restored
 from sharpscope.tree import Tree, select
 
 
@@ -178,7 +179,13 @@ class Workspace:
     def _grouped(self, objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
         """Return the objective's grouping, found once."""
         if self._grouping is None or self._grouping[0] is not objective:
-            self._grouping = objective, grouping(objective, weights, names, self._memory)
+            leaves = {name: weights[name].detach().requires_grad_() for name in names}
+
+            def gradient(piece: Piece) -> Tree:
+                with saved_tensors_hooks(_with_storage, restored):
+                    return _graph(objective, {**weights, **leaves}, leaves, piece).gradient
+
+            self._grouping = objective, grouping(objective, weights, names, gradient, self._memory)
         return self._grouping[1]
 
     def _recorded(
@@ -243,6 +250,12 @@ class _InPlace(Graphs[RenewedGraph]):
             self._spare[size] = self._make(piece)
         self._spare[size].renew(piece.batch)
         return self._spare[size]
+
+
+def _with_storage(tensor: Tensor) -> Tensor:
+    """Return what is saved, looked at as graphs that are kept look at it."""
+    tensor.untyped_storage()
+    return tensor.detach()
 
 
 def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
