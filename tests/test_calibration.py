@@ -11,6 +11,7 @@ import pytest
 import torch
 from nets import block, dense_hessian, flat, made
 
+from sharpscope.curvature.graphs import Part
 from sharpscope.curvature.lanczos import Eigenvalue, largest
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
@@ -31,13 +32,13 @@ def covers(estimate, truth, measure="trace"):
 
 
 class DensePoint:
-    """A point whose Hessian is a sum of given matrices, one a batch: fast enough for thousands of products."""
+    """A point whose Hessian is a sum of given matrices, one a group: fast enough for thousands of products."""
 
-    def __init__(self, matrices, places, leaves):
-        self.matrices, self.places = matrices, places
+    def __init__(self, batches, places, leaves):
+        self.batches, self.places = batches, places
         self.gradient = self.leaves = leaves
         self.counts, self.memory, self.found = Counter(), {}, {}
-        self.objective = SimpleNamespace(share=slice(0, len(matrices)), ranks=ALONE)
+        self.objective = SimpleNamespace(share=slice(0, len(batches)), ranks=ALONE)
 
     def operator(self, matrix):
         return self
@@ -46,14 +47,20 @@ class DensePoint:
         return 1.0
 
     def parts(self):
-        for matrix in self.matrices:
+        for matrices in self.batches:
+            whole = SimpleNamespace(groups=range(len(matrices)), matrices=matrices)
+            yield Part(self._product, lambda _, whole=whole: (whole,), len(matrices))
 
-            def part(names, v, matrix=matrix):
-                image = block(matrix, self.places, names) @ flat(v, names)
-                sizes = [self.leaves[n].numel() for n in names]
-                return {n: part.view_as(self.leaves[n]) for n, part in zip(names, image.split(sizes), strict=True)}
+    def _product(self, graph, names, v, each):
+        if not each:
+            return self._block(sum(graph.matrices), names, v)
+        images = [self._block(m, names, {n: t[g] for n, t in v.items()}) for g, m in enumerate(graph.matrices)]
+        return {n: torch.stack([image[n] for image in images]) for n in names}
 
-            yield part
+    def _block(self, matrix, names, v):
+        image = block(matrix, self.places, names) @ flat(v, names)
+        sizes = [self.leaves[n].numel() for n in names]
+        return {n: part.view_as(self.leaves[n]) for n, part in zip(names, image.split(sizes), strict=True)}
 
 
 def in_batches(hessian, count):
@@ -66,16 +73,18 @@ def in_batches(hessian, count):
     return parts
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["one batch", "four batches"])
+@pytest.fixture(scope="module", params=[(1, 1), (4, 1), (1, 4)], ids=["one batch", "four batches", "four groups"])
 def vit(request):
+    batches, groups = request.param
     net = made("vit")
     hessian, places = dense_hessian(net)
     names = [n for n, _ in net.named_parameters()]
     layers = partition(names, containers=container_names(net))
     truth = {layer: float(block(hessian, places, mine).trace()) for layer, mine in layers.layers.items()}
     leaves = {n: p.detach() for n, p in net.named_parameters()}
+    matrices = in_batches(hessian, batches * groups)
     return (
-        DensePoint(in_batches(hessian, request.param), places, leaves),
+        DensePoint([matrices[i : i + groups] for i in range(0, len(matrices), groups)], places, leaves),
         layers,
         {**truth, MODEL: float(hessian.trace())},
     )

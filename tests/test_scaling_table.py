@@ -72,7 +72,7 @@ def over_limit(folder):
     found = []
     for path in (file for kind in ("growth", "moves", "path") for file in folder.glob(f"{kind}-*.json")):
         stored = json.loads(path.read_text())
-        limit = stored["settings"]["memory"] * 2**30
+        limit = (stored["settings"]["memory"] or 140) * 2**30  # of an H200, where no limit was set
         found += [(path.name, row["images"]) for row in stored["rows"] if row["peak_bytes"] > limit]
     return found
 
