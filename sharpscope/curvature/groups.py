@@ -80,7 +80,7 @@ def grouping(
     objective: Objective,
     weights: Tree,
     names: Sequence[str],
-    gradient: Callable[[Piece], Tree],
+    gradient: Callable[[Piece, bool], Tree],
     memory: int | None = None,
 ) -> Grouping:
     """Return the grouping that the objective allows, none where its examples cannot be computed in groups.
@@ -93,7 +93,8 @@ def grouping(
     objective, weights, names
         The mean loss, all tensors, and those that are differentiated.
     gradient
-        Returns that of a piece's groups together. Tried on two groups of every batch of another size or shape.
+        Returns that of a piece's groups together, by closed forms of derivatives where they are wanted and on. Tried on
+        two groups of every batch of another size or shape.
     memory
         Limit in bytes, of which :data:`ROOM` is a share; None: all that the device has.
     """
@@ -143,20 +144,22 @@ def _operations(objective: Objective, weights: Tree, names: Sequence[str], piece
     def part(own: Tree, batch: Batch) -> Tensor:
         return objective.part({**weights, **own}, batch)
 
-    with FlopCounterMode(display=False) as counter:
+    with _Refusing(), FlopCounterMode(display=False) as counter:
         mapped(part, own.tensors, piece) if own.several else part(own.tensors, piece.batch)
     return int(counter.get_total_flops())
 
 
 def _alike(
-    objective: Objective, weights: Tree, names: Sequence[str], gradient: Callable[[Piece], Tree], two: Piece
+    objective: Objective, weights: Tree, names: Sequence[str], gradient: Callable[[Piece, bool], Tree], two: Piece
 ) -> bool:
     """Return whether two groups have the gradient that they have together, without further work."""
     together = Piece(two.batch)
-    with warnings.catch_warnings(), matmul_precision("highest"), _Refusing():
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")  # a loop over the groups
-        once, work = (_operations(objective, weights, names, piece) for piece in (together, two))
-        one, other = gradient(together), gradient(two)
+        with matmul_precision("highest"):  # TF32 would hide small gaps
+            once, work = (_operations(objective, weights, names, piece) for piece in (together, two))
+            one, other = gradient(together, False), gradient(two, False)
+        gradient(two, True)  # as it will run: what is compiled now serves the graphs
     most = max((float(tensor.abs().max()) for tensor in one.values() if tensor.numel()), default=0.0)
 
     def near(a: Tensor, b: Tensor) -> bool:

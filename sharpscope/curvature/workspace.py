@@ -181,9 +181,9 @@ class Workspace:
         if self._grouping is None or self._grouping[0] is not objective:
             leaves = {name: weights[name].detach().requires_grad_() for name in names}
 
-            def gradient(piece: Piece) -> Tree:
+            def gradient(piece: Piece, fused: bool) -> Tree:
                 with saved_tensors_hooks(_with_storage, restored):
-                    return _graph(objective, {**weights, **leaves}, leaves, piece).gradient
+                    return _graph(objective, {**weights, **leaves}, leaves, piece, fused=fused).gradient
 
             self._grouping = objective, grouping(objective, weights, names, gradient, self._memory)
         return self._grouping[1]
@@ -261,8 +261,7 @@ def _with_storage(tensor: Tensor) -> Tensor:
 def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
     """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
     leaves = {name: weights[name].detach().requires_grad_() for name in names}
-    found = _differentiated(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
-    return GradientGraph(*found, Products())
+    return _graph(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
 
 
 def _differentiated(
@@ -282,8 +281,8 @@ def _differentiated(
     return loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None}, views
 
 
-def _graph(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> GradientGraph:
-    return GradientGraph(*_differentiated(objective, weights, leaves, piece), Products())
+def _graph(objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True) -> GradientGraph:
+    return GradientGraph(*_differentiated(objective, weights, leaves, piece, fused=fused), Products())
 
 
 def _warm_up(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> None:
