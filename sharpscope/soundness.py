@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpscope.curvature.gradient import plain_graph
 from sharpscope.curvature.recorded import shortened
-from sharpscope.curvature.workspace import plain_graph
 from sharpscope.errors import ModelError
 from sharpscope.network import Network, logits
 from sharpscope.objective import Forward, Objective

@@ -13,7 +13,7 @@ from nets import made
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpscope.curvature import attention, groups, smooth, workspace
+from sharpscope.curvature import activation, attention, gradient, groups, layer_norm
 from sharpscope.curvature.groups import Grouping, pieces_of
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
@@ -36,8 +36,8 @@ def _small(monkeypatch):
 def routes(request, monkeypatch):
     """The closed forms of second derivatives too, as on a GPU."""
     if request.param:
-        kind = workspace.smooth
-        monkeypatch.setattr(workspace, "smooth", lambda on, batched: kind(batched=batched))
+        kind = gradient.smooth
+        monkeypatch.setattr(gradient, "smooth", lambda on, batched, peaks: kind(batched=batched, peaks=peaks))
 
 
 def images(count=48, seed=0):
@@ -347,7 +347,7 @@ def test_an_error_is_honest_and_smaller_with_groups(monkeypatch):
 def test_a_point_with_groups_that_is_dropped_frees_its_graphs(monkeypatch):
     """Without the collector, though nodes of the way up hold those of the way down."""
     watched = []
-    for module in (smooth, attention):
+    for module in (activation, attention, layer_norm):
 
         def left(ctx, real=module.left):
             watched.append(weakref.ref(ctx))

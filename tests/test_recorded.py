@@ -8,9 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpscope import tree
 from sharpscope.curvature.attention import attention
+from sharpscope.curvature.layer_norm import _norm_bend, _norm_slope
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.recorded import Products, Recorder
-from sharpscope.curvature.smooth import _norm_bend, _norm_slope, smooth
+from sharpscope.curvature.smooth import smooth
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy
 from sharpscope.network import network

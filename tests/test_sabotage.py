@@ -88,7 +88,7 @@ BREAKAGES = {
         "test_lanczos.py::test_an_eigenvector_that_takes_the_lead_between_two_alphas_is_seen",
     ),
     "the mean of a norm's slope is forgotten": (
-        "curvature/smooth.py", "(a * unit).mean(-1, keepdim=True)\n", "0 * (a * unit).mean(-1, keepdim=True)\n",
+        "curvature/layer_norm.py", "(a * unit).mean(-1, keepdim=True)\n", "0 * (a * unit).mean(-1, keepdim=True)\n",
         "test_smooth.py::test_hessian_products_are_those_of_autograd[norm]",
     ),
     "a saved tensor holds its own node": (
@@ -96,7 +96,7 @@ BREAKAGES = {
         "test_point.py::test_a_point_that_is_dropped_frees_its_graphs",
     ),
     "a batch's graph is freed though it stays": (
-        "curvature/workspace.py", "retain_graph=True", "retain_graph=False",
+        "curvature/gradient.py", "retain_graph=True", "retain_graph=False",
         "test_point.py::test_product_is_symmetric_and_linear",
     ),
     "a cross block leaks into a layer": (
@@ -120,7 +120,7 @@ BREAKAGES = {
         "test_groups.py::test_each_groups_product_is_that_of_the_group_by_itself[smooth-vit-hessian]",
     ),
     "a norm's weight is never asked for": (
-        "curvature/smooth.py", "if goes_on(ctx, 2) else None", "if False else None",
+        "curvature/layer_norm.py", "if goes_on(ctx, 2) else None", "if False else None",
         "test_groups.py::test_gradient_and_products_with_one_vector_are_those_of_the_batch[smooth]",
     ),
     "half the variance of a probe": (

@@ -21,24 +21,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sharpscope.curvature.fusion import Fused, kernels
-from sharpscope.curvature.passes import leave, left
+from sharpscope.curvature.fusion import Fused, kernels, wide
+from sharpscope.curvature.passes import leave, left, unheard
 
 TOKENS, WIDTHS = 64, (16, 32, 64)  # largest number of tokens, and widths of a head, that the kernel takes
 
 
 def _slopes(p: Tensor, dp: Tensor) -> Tensor:
-    return p * (dp - (p * dp).sum(-1, keepdim=True))
+    wide_p, wide_dp = wide(p), wide(dp)
+    return (wide_p * (wide_dp - (wide_p * wide_dp).sum(-1, keepdim=True))).to(p.dtype)
 
 
 def _bends(p: Tensor, dp: Tensor, d: Tensor, gc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dS, E and W of the module's docstring."""
+    dtype = p.dtype
+    p, dp, d, gc = wide(p), wide(dp), wide(d), wide(gc)
     mean_dp, mean_d = (p * dp).sum(-1, keepdim=True), (p * d).sum(-1, keepdim=True)
     f = d * (dp - mean_dp) - dp * mean_d + gc
-    return p * (dp - mean_dp), p * (d - mean_d), p * (f - (p * f).sum(-1, keepdim=True))
+    ds, e, w = p * (dp - mean_dp), p * (d - mean_d), p * (f - (p * f).sum(-1, keepdim=True))
+    return ds.to(dtype), e.to(dtype), w.to(dtype)
 
 
-_slope, _bend = Fused(_slopes), Fused(_bends)
+_slope, _bend = Fused(_slopes, axes=1), Fused(_bends, axes=1)
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -94,11 +98,12 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, None)
             found: Tensor = triton.attention(q, k, v, scale)
             return found
-        p = torch.softmax(q @ k.mT * scale, -1)
+        p = torch.softmax(wide(q @ k.mT) * scale, -1).to(q.dtype)
         ctx.save_for_backward(q, k, v, p)
         return p @ v
 
     @staticmethod
+    @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return *_Slope.apply(g, *ctx.saved_tensors, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
 
@@ -128,5 +133,7 @@ def plain(
     """Return the arguments of :func:`attention` if torch's ``scaled_dot_product_attention`` is asked for just that."""
     special = attn_mask is not None or dropout_p or is_causal or enable_gqa
     if special or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return None
+    if not query.dtype == key.dtype == value.dtype:
         return None
     return query, key, value, query.shape[-1] ** -0.5 if scale is None else scale

@@ -8,19 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class Fused:
-    """A function of tensors, compiled into one kernel on a GPU where a compiler is there."""
+    """A function of tensors, compiled into one kernel on a GPU where a compiler is there.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    Parameters
+    ----------
+    function
+        Of tensors; its results have the shape of the first.
+    axes
+        How many of the last axes the function sees as they are; None: all. Others are taken together, as the compiler
+        makes a variant for every number of axes and for every axis of length one.
+    """
+
+    def __init__(self, function: Callable[..., Any], axes: int | None = None) -> None:
         self._plain = function
+        self._axes = axes
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Return the function's result."""
         # Detached: the compiler makes a variant for every combination of tensors that want gradients and do not.
-        return self._fast(*(tensor.detach() for tensor in tensors)) if tensors[0].is_cuda else self._plain(*tensors)
+        return self._shaped(*(tensor.detach() for tensor in tensors)) if tensors[0].is_cuda else self._plain(*tensors)
+
+    def _shaped(self, *tensors: Tensor) -> Any:
+        if self._axes is None or not all(tensor.is_contiguous() for tensor in tensors):
+            return self._fast(*tensors)
+        kept, shape = self._axes, tensors[0].shape
+        found = self._fast(*(tensor.view(-1, *tensor.shape[tensor.dim() - kept :]) for tensor in tensors))
+        return tree_map_only(Tensor, lambda tensor: tensor.view(shape), found)
 
     def _fast(self, *tensors: Tensor) -> Any:
         if self._compiled is None:  # only now: the compiler takes seconds to import
@@ -33,9 +51,14 @@ class Fused:
         return self._compiled(*tensors)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return what is in float16 in float32; within a compiled function no memory is written for that."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
 def kernels(*tensors: Tensor) -> Any:
     """Return the module of Triton kernels if they take such tensors and triton is there."""
-    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors):
+    if not all(tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16) for tensor in tensors):
         return None
     try:
         from sharpscope.curvature import kernels

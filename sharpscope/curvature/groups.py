@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
-from sharpscope.tree import Tree
+from sharpscope.tree import Tree, norm
 
 LEAST = 8  # examples of a group: smaller ones hardly lower the variance of a trace further
 # Operations of a group's forward for each of its weights, about twice the rows that a weight is used on. A probe of a
@@ -33,6 +33,7 @@ ROOM = 1 / 24  # share of the memory that one probe of all groups may take; five
 DEARER = 0.02
 GAP = {torch.float64: 1e-9}  # between gradients in two ways, as a share
 GAP_IN_FLOAT32 = 1e-4
+GAP_AS_RUN = 0.02  # in TF32 or float16
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,15 @@ def _alike(
         with matmul_precision("highest"):  # TF32 would hide small gaps
             once, work = (_operations(objective, weights, names, piece) for piece in (together, two))
             one, other = gradient(together, False), gradient(two, False)
-        gradient(two, True)  # as it will run: what is compiled now serves the graphs
+        as_run = gradient(two, True)  # what is compiled now serves the graphs
     most = max((float(tensor.abs().max()) for tensor in one.values() if tensor.numel()), default=0.0)
 
     def near(a: Tensor, b: Tensor) -> bool:
         gap = GAP.get(a.dtype, GAP_IN_FLOAT32)
         return float((a - b).abs().max()) <= gap * max(float(a.abs().max()), 1e-3 * most)
 
-    same = one.keys() == other.keys() and all(near(one[name], other[name]) for name in one if one[name].numel())
+    same = one.keys() == other.keys() == as_run.keys() and all(near(one[n], other[n]) for n in one if one[n].numel())
+    same = same and norm({n: as_run[n] - one[n] for n in one}) <= GAP_AS_RUN * norm(one)
     return same and work <= (1 + DEARER) * once
 
 

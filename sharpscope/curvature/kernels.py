@@ -45,7 +45,7 @@ def _attention(q, k, v, out, heads, tokens, scale, width: tl.constexpr, block: t
     key = _tile(k, heads, tokens, width, block)
     p = _softmax(_tile(q, heads, tokens, width, block), key, scale, tokens, block, precision)
     value = _tile(v, heads, tokens, width, block)
-    _keep(out, tl.dot(p, value, input_precision=precision), heads, tokens, width, block)
+    _keep(out, tl.dot(p.to(value.dtype), value, input_precision=precision), heads, tokens, width, block)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _slopes(
     given = _tile(g, heads, tokens, width, block)
     value = _tile(v, heads, tokens, width, block)
     dp = tl.dot(given, tl.trans(value), input_precision=precision)
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
-    by_v = tl.dot(tl.trans(p), given, input_precision=precision)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(key.dtype)
+    by_v = tl.dot(tl.trans(p.to(key.dtype)), given, input_precision=precision)
     by_q = tl.dot(ds, key, input_precision=precision)
     by_k = tl.dot(tl.trans(ds), query, input_precision=precision)
     if onto:
@@ -87,11 +87,11 @@ def _bends(
     gc = tl.dot(given, tl.trans(on_v), input_precision=precision)
     mean_dp, mean_d = tl.sum(p * dp, 1)[:, None], tl.sum(p * d, 1)[:, None]
     f = d * (dp - mean_dp) - dp * mean_d + gc
-    e = p * (d - mean_d)
-    ds = p * (dp - mean_dp) * scale
-    w = p * (f - tl.sum(p * f, 1)[:, None]) * scale
+    e = (p * (d - mean_d)).to(key.dtype)
+    ds = (p * (dp - mean_dp) * scale).to(key.dtype)
+    w = (p * (f - tl.sum(p * f, 1)[:, None]) * scale).to(key.dtype)
     found = tl.dot(e, value, input_precision=precision)
-    _keep(by_g, tl.dot(p, on_v, found, input_precision=precision), heads, tokens, width, block)
+    _keep(by_g, tl.dot(p.to(key.dtype), on_v, found, input_precision=precision), heads, tokens, width, block)
     _keep(by_v, tl.dot(tl.trans(e), given, input_precision=precision), heads, tokens, width, block)
     found = tl.dot(w, key, input_precision=precision)
     _keep(by_q, tl.dot(ds, on_k, found, input_precision=precision), heads, tokens, width, block)
@@ -117,7 +117,7 @@ def _norm_slope(
     g, x, weight, mean, rate, more, by_x, weight_stride, rows, width, block: tl.constexpr, onto: tl.constexpr
 ):
     at, inside, unit, r, scale = _row(x, mean, rate, weight, weight_stride, rows, width, block)
-    a = tl.load(g + at, mask=inside, other=0.0) * scale
+    a = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * scale
     found = r * (a - tl.sum(a, 0) / width - unit * (tl.sum(a * unit, 0) / width))
     if onto:
         found += tl.load(more + at, mask=inside, other=0.0)
@@ -130,7 +130,8 @@ def _norm_bend(
     block: tl.constexpr, own: tl.constexpr,
 ):  # fmt: skip
     at, inside, unit, r, scale = _row(x, mean, rate, weight, weight_stride, rows, width, block)
-    given, on_x = tl.load(g + at, mask=inside, other=0.0), tl.load(c + at, mask=inside, other=0.0)
+    given = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    on_x = tl.load(c + at, mask=inside, other=0.0)
     a = given * scale
     mean_c, mean_a = tl.sum(on_x, 0) / width, tl.sum(a, 0) / width
     along_c, along_a = tl.sum(on_x * unit, 0) / width, tl.sum(a * unit, 0) / width
@@ -171,7 +172,7 @@ def norm_bend(
     own = p is not None or q is not None
     on_weight, on_bias = (torch.zeros_like(weight) if own and part is None else part for part in (p, q))
     on_weight, on_bias = (weight if part is None else part.contiguous() for part in (on_weight, on_bias))
-    by_g, by_x = torch.empty_like(x), torch.empty_like(x)
+    by_g, by_x = torch.empty_like(x, dtype=g.dtype), torch.empty_like(x)
     tensors = c.contiguous(), on_weight, on_bias, g.contiguous(), x, weight, mean, rate, by_g, by_x
     _rows(_norm_bend, tensors, x, (weight, on_weight, on_bias), own=own)
     return by_g, by_x

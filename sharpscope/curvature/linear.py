@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sharpscope.curvature.passes import goes_on
+from sharpscope.curvature.half import HALF, over_rows, stored
+from sharpscope.curvature.passes import goes_on, unheard
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
@@ -32,29 +33,32 @@ class _LinearSlope(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         by_x, by_weight, by_bias = wanted
         return (
-            _times(g, weight) if by_x else None,
-            torch.bmm(g.mT, x) if by_weight else None,
-            g.sum(1, keepdim=True) if by_bias else None,
+            _times(g, stored(weight, g)) if by_x else None,
+            over_rows(g.mT, x, weight) if by_weight else None,
+            g.sum(1, keepdim=True, dtype=weight.dtype) if by_bias else None,
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, c: Tensor | None, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight = ctx.saved_tensors
-        by_g = None if c is None else _times(c, weight.mT)
+        by_g = None if c is None else _times(c, stored(weight, c).mT)
         if p is not None:
+            p = stored(p, x)
             by_g = _times(x, p.mT) if by_g is None else torch.baddbmm(by_g, x, p.mT)
         if q is not None:
-            by_g = q.expand_as(g) if by_g is None else by_g + q
+            by_g = (q.expand_as(g) if by_g is None else by_g + q).to(g.dtype)
         by_x = _times(g, p) if p is not None and goes_on(ctx, 1) else None
-        by_weight = torch.bmm(g.mT, c) if c is not None and goes_on(ctx, 2) else None
+        by_weight = over_rows(g.mT, c, weight) if c is not None and goes_on(ctx, 2) else None
         return by_g, by_x, by_weight, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, peaks: list[Tensor] | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.peaks = peaks
+        weight, bias = stored(weight, x), None if bias is None else stored(bias, x)
         if bias is None:
             return _times(x, weight.mT)
         if weight.stride(0) == bias.stride(0) == 0:
@@ -62,15 +66,21 @@ class _Linear(torch.autograd.Function):
         return torch.baddbmm(bias, x, weight.mT)
 
     @staticmethod
+    @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.peaks is not None and g.dtype == HALF and torch.is_grad_enabled():  # not again in each product
+            ctx.peaks.append(torch.linalg.vector_norm(g.detach(), torch.inf))
         wanted = tuple(goes_on(ctx, place) for place in range(3))
         found: tuple[Tensor | None, ...] = _LinearSlope.apply(g, *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
-        return found
+        return *found, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the layer's output; the first axis of x, weight ``(groups, out, in)`` and bias counts the groups."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, peaks: list[Tensor] | None = None) -> Tensor:
+    """Return the layer's output; the first axis of x, weight ``(groups, out, in)`` and bias counts the groups.
+
+    Where x is float16, so are output and cotangents, and the largest entry of these is added to the peaks.
+    """
     groups = len(weight)
     rows = x.reshape(groups, -1, x.shape[-1])
-    found: Tensor = _Linear.apply(rows, weight, None if bias is None else bias.unsqueeze(1))  # type: ignore[no-untyped-call]
+    found: Tensor = _Linear.apply(rows, weight, None if bias is None else bias.unsqueeze(1), peaks)  # type: ignore[no-untyped-call]
     return found.view(*x.shape[:-1], -1)

@@ -6,10 +6,23 @@ down through those of the forward. Both give derivatives by the activations, whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def unheard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose calls of torch no mode takes for those of a model."""
+
+    @wraps(function)
+    def called(*arguments: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*arguments)
+
+    return called
 
 
 def _runs(node: Any) -> bool:

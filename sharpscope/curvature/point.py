@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from sharpscope.curvature.gradient import GradientGraph
 from sharpscope.curvature.graphs import Graphs, Part, block_diagonal
 from sharpscope.curvature.groups import Grouping
-from sharpscope.curvature.workspace import GradientGraph, Workspace
+from sharpscope.curvature.workspace import Workspace
 from sharpscope.objective import Objective
 from sharpscope.tree import Tree, select
 

@@ -12,64 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes, twice_differentiable
-from sharpscope.curvature.groups import Grouping, Piece, Views, grouping, mapped
+from sharpscope.curvature.gradient import GradientGraph, RenewedGraph, differentiated, graph, halved
+from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
+from sharpscope.curvature.groups import Grouping, Piece, grouping
+from sharpscope.curvature.half import Half
 from sharpscope.curvature.recorded import Products, Recorder, shortened
-from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective, restored
 from sharpscope.tree import Tree, select
 
-
-@dataclass(frozen=True)
-class GradientGraph:
-    """The gradient of a piece with the graph to differentiate it again."""
-
-    loss: Tensor
-    slopes: Tree  # the gradient by each view; tensors the loss does not touch are absent
-    views: Views
-    products: Products
-
-    @property
-    def groups(self) -> range:
-        """Those of the batch that it holds, or holds a part of."""
-        return self.views.groups
-
-    @property
-    def nbytes(self) -> int:
-        """Of the gradients of several groups; one is no more than the weights are."""
-        return sum(slope.nbytes for slope in self.slopes.values()) if self.views.several else 0
-
-    @property
-    def gradient(self) -> Tree:
-        """The gradient by the weights, without its graph."""
-        return self.views.shaped(self.slopes, [slope.detach() for slope in self.slopes.values()], False)
-
-    def product(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
-        """Return what the piece adds to the block of the named tensors times v; tensors without a part are absent.
-
-        With ``each``, v and the product have a first axis over the groups.
-        """
-        # A gradient without grad_fn is constant: its row of the Hessian is zero.
-        live = [n for n in names if n in self.slopes and self.slopes[n].requires_grad]
-        if not live:
-            return {}
-        slopes, by = [self.slopes[n] for n in live], [self.views.tensors[n] for n in names]
-
-        def product(v: Tree) -> Tree:
-            directions = self.views.directions(v, live, each)
-            with twice_differentiable():
-                found = torch.autograd.grad(slopes, by, directions, retain_graph=True, allow_unused=True)
-            return self.views.shaped(names, found, each)
-
-        directed = {n: v[n] for n in live}
-        return self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
-
-
-@dataclass(frozen=True)
-class RenewedGraph(GradientGraph):
-    """A gradient graph that was recorded, and can be computed anew where it lies."""
-
-    renew: Callable[[Batch], None]  # for these examples and the weights as they are now
+How = tuple[Grouping, Half | None]  # in which groups, and whether in float16
 
 
 @dataclass(frozen=True)
@@ -81,6 +32,7 @@ class Place:
     leaves: Tree
     graphs: Graphs[Any]
     grouping: Grouping
+    half: Half | None
     budget: int  # bytes that kept graphs may take
     asked: int | None = None
 
@@ -96,7 +48,7 @@ class Place:
         leaves = {name: self.leaves[name].detach().requires_grad_() for name in names}
         weights = {**{name: tensor.detach() for name, tensor in self.weights.items()}, **leaves}
         batches, room = self.grouping.cut(self.objective)[first:], self.budget - self.graphs.kept_bytes
-        return Graphs(partial(_graph, self.objective, weights, leaves), batches, weights.values(), room)
+        return Graphs(partial(graph, self.objective, weights, leaves), batches, weights.values(), room)
 
 
 class Workspace:
@@ -120,7 +72,7 @@ class Workspace:
         self._memory = memory
         self._held: Place | None = None
         self._recorder: Recorder | None = None
-        self._grouping: tuple[Objective, Grouping] | None = None
+        self._tried: tuple[Objective, Grouping, Half | None] | None = None
 
     def clear(self) -> None:
         """Let go of the memory."""
@@ -137,9 +89,9 @@ class Workspace:
             self._recorder.on = False
             warnings.warn("a recorded gradient went astray: from here on none is recorded", stacklevel=2)
         self.clear()
-        grouping = self._grouped(objective, weights, names)
+        how = self._how(objective, weights, names)
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
-        place = self._plain(objective, grouping, weights, names, budget)
+        place = self._plain(objective, how, weights, names, budget)
         # What processes gather meanwhile cannot be recorded.
         if self._recorder.on and objective.pieces == 1 and objective.again is None:
             if not self._waits(place):
@@ -147,22 +99,22 @@ class Workspace:
                 return place
             del place
             try:
-                self._held = self._recorded(objective, grouping, weights, names, budget, graph_bytes)
+                self._held = self._recorded(objective, how, weights, names, budget, graph_bytes)
                 return self._held
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as refusal:  # an operation of the model that waits for the device
                 self._recorder.on = False
                 warnings.warn(f"gradients run unrecorded: {shortened(refusal)}", stacklevel=2)
-            place = self._plain(objective, grouping, weights, names, budget)
+            place = self._plain(objective, how, weights, names, budget)
         return place
 
     @staticmethod
-    def _plain(objective: Objective, grouping: Grouping, weights: Tree, names: Sequence[str], budget: int) -> Place:
+    def _plain(objective: Objective, how: How, weights: Tree, names: Sequence[str], budget: int) -> Place:
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
-        make = partial(_graph, objective, {**weights, **leaves}, leaves)
-        graphs = Graphs(make, grouping.cut(objective), weights.values(), budget, objective.again)
-        return Place(objective, {**weights, **leaves}, leaves, graphs, grouping, budget)
+        make = partial(graph, objective, {**weights, **leaves}, leaves, half=how[1])
+        graphs = Graphs(make, how[0].cut(objective), weights.values(), budget, objective.again)
+        return Place(objective, {**weights, **leaves}, leaves, graphs, *how, budget)
 
     def _waits(self, place: Place) -> bool:
         """Return whether the device waits for the host: where it does not, recording saves nothing.
@@ -176,22 +128,25 @@ class Workspace:
         self._recorder.first("gradient", lambda: graph.product((name,), v))
         return self._recorder.pays("gradient")
 
-    def _grouped(self, objective: Objective, weights: Tree, names: Sequence[str]) -> Grouping:
-        """Return the objective's grouping, found once."""
-        if self._grouping is None or self._grouping[0] is not objective:
+    def _how(self, objective: Objective, weights: Tree, names: Sequence[str]) -> How:
+        """Return the objective's grouping, and whether its graphs may be in float16; found once."""
+        if self._tried is None or self._tried[0] is not objective:
             leaves = {name: weights[name].detach().requires_grad_() for name in names}
+            make = partial(graph, objective, {**weights, **leaves}, leaves)
+            with saved_tensors_hooks(_with_storage, restored):
+                half = halved(make, objective, leaves)
 
             def gradient(piece: Piece, fused: bool) -> Tree:
                 with saved_tensors_hooks(_with_storage, restored):
-                    return _graph(objective, {**weights, **leaves}, leaves, piece, fused=fused).gradient
+                    return make(piece, fused=fused, half=half if fused else None).gradient
 
-            self._grouping = objective, grouping(objective, weights, names, gradient, self._memory)
-        return self._grouping[1]
+            self._tried = objective, grouping(objective, weights, names, gradient, self._memory), half
+        return self._tried[1:]
 
     def _recorded(
         self,
         objective: Objective,
-        grouping: Grouping,
+        how: How,
         weights: Tree,
         names: Sequence[str],
         budget: int,
@@ -200,14 +155,15 @@ class Workspace:
         assert self._recorder is not None
         own = {name: tensor.detach().clone() for name, tensor in weights.items()}
         leaves = {name: own[name].requires_grad_() for name in names}
+        grouping, half = how
         batches = grouping.cut(objective)
         with self._recorder.stream():
             for (piece,) in {len(pieces[0].batch.targets): pieces for pieces in batches}.values():
-                _warm_up(objective, own, leaves, piece)
+                _warm_up(partial(graph, objective, own, leaves, half=half), piece)
         torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
-        graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder), batches, own, budget)
+        graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder, half), batches, own, budget)
         next(iter(graphs), None)  # what cannot be recorded shows here
-        return Place(objective, own, leaves, graphs, grouping, budget, asked)
+        return Place(objective, own, leaves, graphs, *how, budget, asked)
 
     @staticmethod
     def _moved(place: Place, weights: Tree) -> bool:
@@ -215,9 +171,11 @@ class Workspace:
         for name, tensor in place.weights.items():
             tensor.data.copy_(weights[name])  # .data: autograd takes no notice, as the graphs are renewed
         place.graphs.renew()
-        for graph, batch in zip(place.graphs.kept[:1], place.objective.own_batches, strict=False):
+        if place.half and not all(place.half.holds(float(kept.peak)) for kept in place.graphs.kept):
+            return False
+        for kept, batch in zip(place.graphs.kept[:1], place.objective.own_batches, strict=False):
             with torch.no_grad():
-                return bool(torch.isclose(graph.loss, place.objective.part(weights, batch), rtol=2e-2, equal_nan=True))
+                return bool(torch.isclose(kept.loss, place.objective.part(weights, batch), rtol=2e-2, equal_nan=True))
         return True
 
 
@@ -235,8 +193,8 @@ class _InPlace(Graphs[RenewedGraph]):
         self._spare: dict[int, RenewedGraph] = {}
 
     def renew(self) -> None:
-        for graph, (piece,) in zip(self.kept, self._batches, strict=False):
-            graph.renew(piece.batch)
+        for kept, (piece,) in zip(self.kept, self._batches, strict=False):
+            kept.renew(piece.batch)
 
     def _first(self, piece: Piece) -> RenewedGraph:
         graph = super()._first(piece)
@@ -258,42 +216,16 @@ def _with_storage(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
-    """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
-    leaves = {name: weights[name].detach().requires_grad_() for name in names}
-    return _graph(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
-
-
-def _differentiated(
-    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True
-) -> tuple[Tensor, Tree, Views]:
-    """Return loss and gradient of the piece, the gradient with its graph, and what it is by."""
-    views = Views.of(leaves, piece)
-
-    def part(own: Tree, batch: Batch) -> Tensor:
-        return objective.part({**weights, **own}, batch)
-
-    fused = fused and next(iter(leaves.values())).is_cuda
-    with torch.enable_grad(), smooth(on=fused, batched=views.several):
-        loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)
-        found = torch.autograd.grad(loss, list(views.tensors.values()), create_graph=True, allow_unused=True)
-    pairs = zip(leaves, found, strict=True)
-    return loss.detach(), {name: tensor for name, tensor in pairs if tensor is not None}, views
-
-
-def _graph(objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True) -> GradientGraph:
-    return GradientGraph(*_differentiated(objective, weights, leaves, piece, fused=fused), Products())
-
-
-def _warm_up(objective: Objective, weights: Tree, leaves: Tree, piece: Piece) -> None:
+def _warm_up(make: Callable[[Piece], GradientGraph], piece: Piece) -> None:
     """Compile kernels and set up libraries, which none may record."""
-    graph = _graph(objective, weights, leaves, piece)
-    for names in (list(leaves), list(leaves)[:1]):  # what a layer's product needs of those above is less
-        graph.product(names, select(graph.gradient, [name for name in names if name in graph.gradient]))
+    graph = make(piece)
+    names = list(graph.views.tensors)
+    for some in (names, names[:1]):  # what a layer's product needs of those above is less
+        graph.product(some, select(graph.gradient, [name for name in some if name in graph.gradient]))
 
 
 def _recorded_graph(
-    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, piece: Piece
+    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, half: Half | None, piece: Piece
 ) -> RenewedGraph:
     examples = replace(piece, batch=piece.batch.copy())
 
@@ -303,6 +235,11 @@ def _recorded_graph(
             replay()
 
     with recorder.stream():
-        replay, found = recorder.record(lambda: _differentiated(objective, weights, leaves, examples))
+        replay, found = recorder.record(lambda: differentiated(objective, weights, leaves, examples, half=half))
     renew(piece.batch)
-    return RenewedGraph(*found, Products(recorder, len(piece.batch.targets)), renew)
+    products = Products(recorder, len(piece.batch.targets))
+    if found.peak is None:
+        return RenewedGraph(*found[:3], products, renew)
+    assert half is not None
+    exact = partial(graph, objective, weights, leaves, examples)
+    return RenewedGraph(*found[:3], products, renew, peak=found.peak, scale=half.scale, exact=exact)

@@ -1,0 +1,180 @@
+"""The gradient of a piece of the data with its graph, to be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharpscope.curvature.graphs import twice_differentiable
+from sharpscope.curvature.groups import LEAST, Piece, Views, mapped
+from sharpscope.curvature.half import Half, small
+from sharpscope.curvature.recorded import Products
+from sharpscope.curvature.smooth import smooth
+from sharpscope.objective import Batch, Objective
+from sharpscope.precision import matmul_precision
+from sharpscope.tree import Tree, norm
+
+TRIES = 4  # scales of the loss
+GAP, FAINT = 0.01, 0.03
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """The gradient of a piece with the graph to differentiate it again."""
+
+    loss: Tensor
+    slopes: Tree  # the gradient by each view; tensors the loss does not touch are absent
+    views: Views
+    products: Products
+    scale: float = field(default=1.0, kw_only=True)  # of the loss in the graph, and of the slopes
+    # The same in float32, where this is in float16.
+    exact: Callable[[], GradientGraph] | None = field(default=None, kw_only=True)
+
+    @property
+    def groups(self) -> range:
+        """Those of the batch that it holds, or holds a part of."""
+        return self.views.groups
+
+    @property
+    def nbytes(self) -> int:
+        """Of the gradients of several groups; one is no more than the weights are."""
+        return sum(slope.nbytes for slope in self.slopes.values()) if self.views.several else 0
+
+    @property
+    def gradient(self) -> Tree:
+        """The gradient by the weights, without its graph."""
+        return self.views.shaped(self.slopes, [slope.detach() / self.scale for slope in self.slopes.values()], False)
+
+    def product(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
+        """Return what the piece adds to the block of the named tensors times v; tensors without a part are absent.
+
+        With ``each``, v and the product have a first axis over the groups.
+        """
+        # A gradient without grad_fn is constant: its row of the Hessian is zero.
+        live = [n for n in names if n in self.slopes and self.slopes[n].requires_grad]
+        if not live:
+            return {}
+        slopes, by = [self.slopes[n] for n in live], [self.views.tensors[n] for n in names]
+
+        def product(v: Tree) -> Tree:
+            directions = self.views.directions(v, live, each)
+            with twice_differentiable():
+                found = torch.autograd.grad(slopes, by, directions, retain_graph=True, allow_unused=True)
+            return self.views.shaped(names, found, each)
+
+        if self.exact is not None:
+            product = partial(_in_range, product, self.scale)
+        directed = {n: v[n] for n in live}
+        image = self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
+        # Where a number was too large for float16. The sum is finite unless one of them is not.
+        if self.exact is not None and not _finite(image):
+            return self.exact().product(names, v, each)
+        return image
+
+
+@dataclass(frozen=True)
+class RenewedGraph(GradientGraph):
+    """A gradient graph that was recorded, and can be computed anew where it lies."""
+
+    renew: Callable[[Batch], None]  # for these examples and the weights as they are now
+    peak: Tensor | None = field(default=None, kw_only=True)  # as `Differentiated` has it
+
+
+def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
+    """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    return graph(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
+
+
+def _finite(tree: Tree) -> bool:
+    sums = [tensor.sum() for tensor in tree.values()]
+    return not sums or bool(torch.stack(sums).isfinite().all())
+
+
+def _in_range(product: Callable[[Tree], Tree], scale: float, v: Tree) -> Tree:
+    """Return a product with a graph in float16, with vectors and images of a size that it has numbers for."""
+    shrunk = small(list(v.values()))
+    found = product({name: tensor * shrunk for name, tensor in v.items()})
+    return {name: tensor / (scale * shrunk) for name, tensor in found.items()}
+
+
+class Differentiated(NamedTuple):
+    """Loss and gradient of a piece, the gradient with its graph and scaled, and what it is by."""
+
+    loss: Tensor
+    slopes: Tree
+    views: Views
+    peak: Tensor | None  # the largest cotangent in float16, None where there is none
+
+
+def differentiated(
+    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True, half: Half | None = None
+) -> Differentiated:
+    """Return the gradient of the piece by the leaves; with ``half`` in float16 at its scale."""
+    views = Views.of(leaves, piece)
+
+    def part(own: Tree, batch: Batch) -> Tensor:
+        return objective.part({**weights, **own}, batch)
+
+    fused = fused and next(iter(leaves.values())).is_cuda
+    peaks: list[Tensor] = []
+    with torch.enable_grad(), smooth(on=fused, batched=views.several, peaks=None if half is None else peaks):
+        loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)
+        scaled = loss if half is None else loss * half.scale
+        found = torch.autograd.grad(scaled, list(views.tensors.values()), create_graph=True, allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    slopes = {name: tensor for name, tensor in pairs if tensor is not None}
+    return Differentiated(loss.detach(), slopes, views, torch.stack(peaks).max() if peaks else None)
+
+
+def graph(
+    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True, half: Half | None = None
+) -> GradientGraph:
+    """Return the gradient graph of the piece; in float32 where its cotangents do not fit into float16."""
+    exact = partial(graph, objective, weights, leaves, piece, fused=fused)
+    for _ in range(TRIES if half else 0):
+        assert half is not None
+        scale = half.scale
+        found = differentiated(objective, weights, leaves, piece, fused=fused, half=half)
+        if found.peak is None or half.holds(float(found.peak)):
+            return GradientGraph(*found[:3], Products(), scale=scale, exact=exact)
+        del found
+    return GradientGraph(*differentiated(objective, weights, leaves, piece, fused=fused)[:3], Products())
+
+
+def halved(make: Callable[..., GradientGraph], objective: Objective, leaves: Tree) -> Half | None:
+    """Return a scale for graphs in float16, None where it is not allowed or not right.
+
+    It is allowed where TF32 is, and right where a gradient of a few examples and a product with it are, but for
+    :data:`GAP`, those in float32 without closed forms.
+    """
+    allowed = torch.get_float32_matmul_precision() != "highest" and objective.again is None
+    if not allowed or not all(leaf.is_cuda and leaf.dtype == torch.float32 for leaf in leaves.values()):
+        return None
+    piece, half = Piece(objective.batches[0].split([LEAST])[0]), Half()
+    try:
+        mine = make(piece, half=half)
+        if mine.exact is None:
+            return None
+        with matmul_precision("highest"):
+            plain = make(piece, fused=False)
+            way = plain.gradient
+            pairs = (mine.gradient, way), (mine.product(tuple(leaves), way), plain.product(tuple(leaves), way))
+        return half if all(near(found, true, GAP) for found, true in pairs) else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model does that float16 does not go with
+        return None
+
+
+def near(found: Tree, true: Tree, gap: float) -> bool:
+    """Return whether every tensor is the true one but for a share of its length, or of the whole's if that is small."""
+    if found.keys() != true.keys():
+        return False
+    least = FAINT * norm(true)
+    return all(float((found[n] - t).norm()) <= gap * max(float(t.norm()), least) for n, t in true.items())
