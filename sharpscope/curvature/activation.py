@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,9 @@ from sharpscope.curvature.passes import leave, left, unheard
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+# Numbers are written out: what is read from another module the compiler takes for an argument, and fails at.
+
+
 def _quick_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return first and second derivative of ``x sigmoid(1.702 x)``."""
     s = torch.sigmoid(1.702 * x)
@@ -25,13 +27,13 @@ def _quick_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return first and second derivative of ``x Phi(x)``, Phi the normal distribution."""
-    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density, density * (2 - x * x)
+    density = torch.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    return 0.5 * (1 + torch.erf(x * 0.7071067811865476)) + x * density, density * (2 - x * x)
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return first and second derivative of GELU's tanh approximation, arXiv 1606.08415."""
-    root, cubic = math.sqrt(2 / math.pi), 0.044715
+    root, cubic = 0.7978845608028654, 0.044715  # root: of 2 / pi
     t = torch.tanh(root * (x + cubic * x**3))
     inner, bend = root * (1 + 3 * cubic * x * x), root * 6 * cubic * x
     slope = (1 - t * t) * inner
@@ -72,16 +74,20 @@ KINDS = {name: (_pulled(d), _pulled_onto(d), _bent(d)) for name, d in _DERIVATIV
 _QUICK = Fused(_quick, axes=0)
 
 
+def _slope(g: Tensor, x: Tensor, kind: str, more: tuple[Tensor, ...] | None) -> Tensor:
+    slope, onto, _ = KINDS[kind]
+    found: Tensor = slope(g, x) if more is None else onto(g, x, *more)
+    return found
+
+
 class _ActivationSlope(torch.autograd.Function):
     """``g f'(x)``, for the node that f is; what is left to that is added."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, node: Any, more: tuple[Tensor] | None) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, node: Any, more: tuple[Tensor, ...] | None) -> Tensor:
         ctx.save_for_backward(g, x)
         ctx.node = node
-        slope, onto, _ = KINDS[node.kind]
-        found: Tensor = slope(g, x) if more is None else onto(g, x, *more)
-        return found
+        return _slope(g, x, node.kind, more)
 
     @staticmethod
     @once_differentiable
@@ -104,6 +110,8 @@ class _Activation(torch.autograd.Function):
     @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
+            return _slope(g, x, ctx.kind, left(ctx)), None
         return _ActivationSlope.apply(g, x, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
 
 

@@ -51,6 +51,13 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return kernels(q) if same else None
 
 
+def _in_kernel(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, ...] | None, scale: float
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _kernels(q, k, v).slopes(g, q, k, v, more, scale)
+    return found
+
+
 class _Slope(torch.autograd.Function):
     """``dq, dk, dv`` of the attention that the node is; what is left to that is added."""
 
@@ -68,8 +75,7 @@ class _Slope(torch.autograd.Function):
         ctx.node = node
         if p is None:
             ctx.save_for_backward(g, q, k, v)
-            slopes: tuple[Tensor, ...] = _kernels(q, k, v).slopes(g, q, k, v, more, node.scale)
-            return slopes
+            return _in_kernel(g, q, k, v, more, node.scale)
         dp = g @ v.mT
         ctx.save_for_backward(g, q, k, v, p, dp)
         ds = _slope(p, dp)
@@ -105,7 +111,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Slope.apply(g, *ctx.saved_tensors, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
+        q, k, v, p = ctx.saved_tensors
+        if p is None and not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
+            return *_in_kernel(g, q, k, v, left(ctx), ctx.scale), None
+        return *_Slope.apply(g, q, k, v, p, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -34,10 +34,10 @@ class Fused:
         return self._shaped(*(tensor.detach() for tensor in tensors)) if tensors[0].is_cuda else self._plain(*tensors)
 
     def _shaped(self, *tensors: Tensor) -> Any:
-        if self._axes is None or not all(tensor.is_contiguous() for tensor in tensors):
+        if self._axes is None:
             return self._fast(*tensors)
         kept, shape = self._axes, tensors[0].shape
-        found = self._fast(*(tensor.view(-1, *tensor.shape[tensor.dim() - kept :]) for tensor in tensors))
+        found = self._fast(*(tensor.reshape(-1, *tensor.shape[tensor.dim() - kept :]) for tensor in tensors))
         return tree_map_only(Tensor, lambda tensor: tensor.view(shape), found)
 
     def _fast(self, *tensors: Tensor) -> Any:

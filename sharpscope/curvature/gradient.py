@@ -161,11 +161,12 @@ def halved(make: Callable[..., GradientGraph], objective: Objective, leaves: Tre
         mine = make(piece, half=half)
         if mine.exact is None:
             return None
+        way = mine.gradient
+        found = way, mine.product(tuple(leaves), way)
         with matmul_precision("highest"):
             plain = make(piece, fused=False)
-            way = plain.gradient
-            pairs = (mine.gradient, way), (mine.product(tuple(leaves), way), plain.product(tuple(leaves), way))
-        return half if all(near(found, true, GAP) for found, true in pairs) else None
+            true = plain.gradient, plain.product(tuple(leaves), way)
+        return half if all(near(*pair, GAP) for pair in zip(found, true, strict=True)) else None
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a model does that float16 does not go with

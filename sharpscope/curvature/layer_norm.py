@@ -41,7 +41,7 @@ _fused_slopes, _fused_bends, _norm_weight_bend = Fused(_slopes), Fused(_bends), 
 WIDEST = 8192  # row that a kernel holds
 
 
-def _norm_slope(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor] | None) -> Tensor:
+def _norm_slope(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor, ...] | None) -> Tensor:
     if (triton := kernels(g, x, weight)) and x.shape[-1] <= WIDEST:
         found: Tensor = triton.norm_slope(g, x, weight, mean, rate, more)
     else:
@@ -65,6 +65,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.sum(1, keepdim=True, dtype=torch.float32 if tensor.dtype == torch.float16 else None)
 
 
+def _all_slopes(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rate: Tensor,
+    more: tuple[Tensor, ...] | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:
+    by_weight = _rows(g * ((x - mean) * rate)) if wanted[0] else None
+    return _norm_slope(g, x, weight, mean, rate, more), by_weight, _rows(g) if wanted[1] else None
+
+
 class _NormSlope(torch.autograd.Function):
     """The three gradients of an affine LayerNorm, the node, as functions of g, x and the weight.
 
@@ -81,14 +94,13 @@ class _NormSlope(torch.autograd.Function):
         mean: Tensor,
         rate: Tensor,
         node: Any,
-        more: tuple[Tensor] | None,
+        more: tuple[Tensor, ...] | None,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight, mean, rate)
         ctx.set_materialize_grads(False)
         ctx.node = node
-        by_weight = _rows(g * ((x - mean) * rate)) if wanted[0] else None
-        return _norm_slope(g, x, weight, mean, rate, more), by_weight, _rows(g) if wanted[1] else None
+        return _all_slopes(g, x, weight, mean, rate, more, wanted)
 
     @staticmethod
     @once_differentiable
@@ -114,6 +126,8 @@ class _Norm(torch.autograd.Function):
     @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         wanted = goes_on(ctx, 1), goes_on(ctx, 2)
+        if not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
+            return *_all_slopes(g, *ctx.saved_tensors, left(ctx), wanted), None, None
         found = _NormSlope.apply(g, *ctx.saved_tensors, ctx, left(ctx), wanted)  # type: ignore[no-untyped-call]
         return *found, None, None
 

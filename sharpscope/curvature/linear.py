@@ -24,25 +24,31 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
+def _slopes(g: Tensor, x: Tensor, weight: Tensor, like: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    by_x, by_weight, by_bias = wanted
+    return (
+        _times(g, weight) if by_x else None,
+        over_rows(g.mT, x, like) if by_weight else None,
+        g.sum(1, keepdim=True, dtype=like.dtype) if by_bias else None,
+    )
+
+
 class _LinearSlope(torch.autograd.Function):
-    """``g W, g' x``, and the sum of g over rows."""
+    """``g W, g' x``, and the sum of g over rows; W as it is and as it is stored beside x."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(g, x, weight)
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, beside: Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, weight, beside)
         ctx.set_materialize_grads(False)
-        by_x, by_weight, by_bias = wanted
-        return (
-            _times(g, stored(weight, g)) if by_x else None,
-            over_rows(g.mT, x, weight) if by_weight else None,
-            g.sum(1, keepdim=True, dtype=weight.dtype) if by_bias else None,
-        )
+        return _slopes(g, x, beside, weight, wanted)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, c: Tensor | None, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, weight = ctx.saved_tensors
-        by_g = None if c is None else _times(c, stored(weight, c).mT)
+        g, x, weight, beside = ctx.saved_tensors
+        by_g = None if c is None else _times(c, beside.mT)
         if p is not None:
             p = stored(p, x)
             by_g = _times(x, p.mT) if by_g is None else torch.baddbmm(by_g, x, p.mT)
@@ -50,28 +56,31 @@ class _LinearSlope(torch.autograd.Function):
             by_g = (q.expand_as(g) if by_g is None else by_g + q).to(g.dtype)
         by_x = _times(g, p) if p is not None and goes_on(ctx, 1) else None
         by_weight = over_rows(g.mT, c, weight) if c is not None and goes_on(ctx, 2) else None
-        return by_g, by_x, by_weight, None
+        return by_g, by_x, by_weight, None, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, peaks: list[Tensor] | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        beside, bias = stored(weight, x), None if bias is None else stored(bias, x)
+        ctx.save_for_backward(x, weight, beside)
         ctx.peaks = peaks
-        weight, bias = stored(weight, x), None if bias is None else stored(bias, x)
         if bias is None:
-            return _times(x, weight.mT)
-        if weight.stride(0) == bias.stride(0) == 0:
-            return torch.addmm(bias[0, 0], x.flatten(0, 1), weight[0].mT).view(*x.shape[:2], -1)
-        return torch.baddbmm(bias, x, weight.mT)
+            return _times(x, beside.mT)
+        if beside.stride(0) == bias.stride(0) == 0:
+            return torch.addmm(bias[0, 0], x.flatten(0, 1), beside[0].mT).view(*x.shape[:2], -1)
+        return torch.baddbmm(bias, x, beside.mT)
 
     @staticmethod
     @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.peaks is not None and g.dtype == HALF and torch.is_grad_enabled():  # not again in each product
-            ctx.peaks.append(torch.linalg.vector_norm(g.detach(), torch.inf))
+        x, weight, beside = ctx.saved_tensors
         wanted = tuple(goes_on(ctx, place) for place in range(3))
-        found: tuple[Tensor | None, ...] = _LinearSlope.apply(g, *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
+            return *_slopes(g, x, beside, weight, wanted), None
+        if ctx.peaks is not None and g.dtype == HALF:
+            ctx.peaks.append(torch.linalg.vector_norm(g.detach(), torch.inf))
+        found: tuple[Tensor | None, ...] = _LinearSlope.apply(g, x, weight, beside, wanted)  # type: ignore[no-untyped-call]
         return *found, None
 
 
