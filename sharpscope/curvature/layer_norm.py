@@ -127,7 +127,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         wanted = goes_on(ctx, 1), goes_on(ctx, 2)
         if not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
-            return *_all_slopes(g, *ctx.saved_tensors, left(ctx), wanted), None, None
+            x, weight, mean, rate = ctx.saved_tensors
+            return *_all_slopes(g, x, weight, mean, rate, left(ctx), wanted), None, None
         found = _NormSlope.apply(g, *ctx.saved_tensors, ctx, left(ctx), wanted)  # type: ignore[no-untyped-call]
         return *found, None, None
 
