@@ -17,7 +17,7 @@ from sharpscope.curvature.recorded import Products
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
-from sharpscope.tree import Tree, norm
+from sharpscope.tree import Tree, norm, scaled
 
 TRIES = 4  # scales of the loss
 GAP, FAINT = 0.01, 0.03
@@ -48,10 +48,13 @@ class GradientGraph:
     @property
     def gradient(self) -> Tree:
         """The gradient by the weights, without its graph."""
-        return self.views.shaped(self.slopes, [slope.detach() / self.scale for slope in self.slopes.values()], False)
+        found = self.views.shaped(self.slopes, [slope.detach() for slope in self.slopes.values()], False)
+        return found if self.scale == 1 else scaled(found, 1 / self.scale)
 
     def product(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
         """Return what the piece adds to the block of the named tensors times v; tensors without a part are absent.
+
+        In float16 an entry may come out infinite or NaN; see :meth:`exactly`.
 
         With ``each``, v and the product have a first axis over the groups.
         """
@@ -70,11 +73,11 @@ class GradientGraph:
         if self.exact is not None:
             product = partial(_in_range, product, self.scale)
         directed = {n: v[n] for n in live}
-        image = self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
-        # Where a number was too large for float16. The sum is finite unless one of them is not.
-        if self.exact is not None and not _finite(image):
-            return self.exact().product(names, v, each)
-        return image
+        return self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
+
+    def exactly(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
+        """Return :meth:`product` in float32."""
+        return (self.exact() if self.exact else self).product(names, v, each)
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,6 @@ def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> Gr
     """Return the gradient graph of the first batch as torch alone makes it: no kernel is fused, none compiled."""
     leaves = {name: weights[name].detach().requires_grad_() for name in names}
     return graph(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
-
-
-def _finite(tree: Tree) -> bool:
-    sums = [tensor.sum() for tensor in tree.values()]
-    return not sums or bool(torch.stack(sums).isfinite().all())
 
 
 def _in_range(product: Callable[[Tree], Tree], scale: float, v: Tree) -> Tree:
@@ -125,8 +123,8 @@ def differentiated(
     peaks: list[Tensor] = []
     with torch.enable_grad(), smooth(on=fused, batched=views.several, peaks=None if half is None else peaks):
         loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)
-        scaled = loss if half is None else loss * half.scale
-        found = torch.autograd.grad(scaled, list(views.tensors.values()), create_graph=True, allow_unused=True)
+        target = loss if half is None else loss * half.scale
+        found = torch.autograd.grad(target, list(views.tensors.values()), create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
     slopes = {name: tensor for name, tensor in pairs if tensor is not None}
     return Differentiated(loss.detach(), slopes, views, torch.stack(peaks).max() if peaks else None)

@@ -26,6 +26,7 @@ from sharpscope.tree import Tree, select
 Graph = TypeVar("Graph", bound="Grouped")
 
 Names = Sequence[str]
+Block = Callable[[Graph, Names, Tree, bool], Tree]  # see `Part`
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
 
 
@@ -220,30 +221,49 @@ class Part(Generic[Graph]):
         The graphs to walk through for these names.
     groups
         Of the batch.
+    exact
+        The same product in numbers of more range, for what is not finite in those of the first; None: there are none.
     """
 
-    product: Callable[[Graph, Names, Tree, bool], Tree]
+    product: Block[Graph]
     graphs: Callable[[Names], Iterable[Graph]]
     groups: int = 1
+    exact: Block[Graph] | None = None
 
     def block(self, names: Names, v: Tree) -> Tree:
         """Return the block times v; tensors without a part are absent."""
-        total: Tree = {}
-        for graph in self.graphs(names):
-            for name, tensor in self.product(graph, names, v, False).items():
-                total[name] = total[name] + tensor if name in total else tensor
-            del graph  # before the next is made
-        return total
+        return self.blocks({names: v})
+
+    def blocks(self, vectors: Mapping[Names, Tree]) -> Tree:
+        """Return the products of several blocks, of tensors that no two share."""
+        return self._sure(
+            lambda product: {n: t for names, v in vectors.items() for n, t in self._block(product, names, v).items()}
+        )
 
     def each(self, names: Names, v: Tree) -> Tree:
         """Return each group's block times a vector of its own; a first axis counts the groups if there are several."""
         if self.groups == 1:
             return self.block(names, v)
+        return self._sure(lambda product: self._each(product, names, v))
+
+    def _sure(self, image: Callable[[Block[Graph]], Tree]) -> Tree:
+        found = image(self.product)
+        return found if self.exact is None or _finite(found) else image(self.exact)
+
+    def _block(self, product: Block[Graph], names: Names, v: Tree) -> Tree:
+        total: Tree = {}
+        for graph in self.graphs(names):
+            for name, tensor in product(graph, names, v, False).items():
+                total[name] = total[name] + tensor if name in total else tensor
+            del graph  # before the next is made
+        return total
+
+    def _each(self, product: Block[Graph], names: Names, v: Tree) -> Tree:
         total: Tree = {}
         for graph in self.graphs(names):
             some = slice(graph.groups.start, graph.groups.stop)
             mine = {name: v[name][some] for name in names}
-            for name, tensor in self.product(graph, names, mine, True).items():
+            for name, tensor in product(graph, names, mine, True).items():
                 if len(tensor) == self.groups:  # of the whole batch: nothing to add to
                     total[name] = tensor
                 else:
@@ -252,11 +272,17 @@ class Part(Generic[Graph]):
         return total
 
 
+def _finite(tree: Tree) -> bool:
+    """Return whether all entries are: a sum is, unless one of them is not."""
+    sums = [tensor.sum() for tensor in tree.values()]
+    return not sums or bool(torch.stack(sums).isfinite().all())
+
+
 def block_diagonal(objective: Objective, parts: Iterator[Part[Graph]], vectors: Mapping[str, Tree]) -> dict[str, Tree]:
     """Return the products of a matrix's blocks with vectors over tensors of their own, in one walk through the data."""
 
     def share(part: Part[Graph]) -> Tree:
-        return {name: tensor for v in vectors.values() for name, tensor in part.block(tuple(v), v).items()}
+        return part.blocks({tuple(v): v for v in vectors.values()})
 
     like = {name: tensor for v in vectors.values() for name, tensor in v.items()}
     image = objective.summed((share(part) for part in parts), like)

@@ -41,7 +41,9 @@ _fused_slopes, _fused_bends, _norm_weight_bend = Fused(_slopes), Fused(_bends), 
 WIDEST = 8192  # row that a kernel holds
 
 
-def _norm_slope(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor, ...] | None) -> Tensor:
+def _norm_slope(
+    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor, more: tuple[Tensor, ...] | None
+) -> Tensor:
     if (triton := kernels(g, x, weight)) and x.shape[-1] <= WIDEST:
         found: Tensor = triton.norm_slope(g, x, weight, mean, rate, more)
     else:

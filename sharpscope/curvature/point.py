@@ -160,8 +160,10 @@ class Point:
 
     def parts(self) -> Iterator[Part[GradientGraph]]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
+        exact = GradientGraph.exactly if self._place.half else None
         for number, graphs in enumerate(self._graphs.by_batch()):
-            yield Part(GradientGraph.product, partial(self._walked, number, graphs), self._graphs.groups(number))
+            walked = partial(self._walked, number, graphs)
+            yield Part(GradientGraph.product, walked, self._graphs.groups(number), exact)
 
     def _walked(self, number: int, graphs: Iterable[GradientGraph], names: Sequence[str]) -> Iterable[GradientGraph]:
         beyond = number - len(self._graphs.kept)
