@@ -192,8 +192,10 @@ class Waiting(Mapped):
 def test_a_network_that_cannot_be_recorded_is_measured_all_the_same(monkeypatch):
     monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
     goal, weights = objective("cuda", torch.float64, Waiting)
+    workspace = Workspace()
+    Point(goal, weights, tuple(weights), workspace=workspace)
     with pytest.warns(UserWarning, match="unrecorded"):
-        point = Point(goal, weights, tuple(weights), workspace=Workspace())
+        point = Point(goal, weights, tuple(weights), workspace=workspace)
     v = tree.gaussian(weights, "v")
     torch.testing.assert_close(point.product(v), Point(goal, weights, tuple(weights)).product(v))
 
@@ -212,7 +214,7 @@ class Patched(Mapped):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype, monkeypatch):
-    """Recorded gradients, closed forms, kernels, patches as a matrix product; two points on one place."""
+    """Recorded gradients, closed forms, kernels, patches as a matrix product; three points."""
     monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
     monkeypatch.setattr("sharpscope.curvature.groups.BUSY", 0)
     torch.manual_seed(0)
@@ -222,7 +224,7 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype, monkey
     bound = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
     of_device = {d: Objective(of.forward, cross_entropy, (Batch(x.to(d), y.to(d)),)) for d in ("cpu", "cuda")}
     workspace = Workspace()
-    for step in (0.0, 0.1):
+    for step in (0.0, 0.1, 0.2):
         found = []
         for device, fn in of_device.items():
             space = workspace if device == "cuda" else None

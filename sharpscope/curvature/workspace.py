@@ -54,10 +54,10 @@ class Place:
 class Workspace:
     """Gives each point its place.
 
-    On a GPU the first point's stays for the next ones: the gradient graph of every batch is recorded, with the
-    products through it, and at another point all is replayed on the same memory with new weights. A point is of no
-    use any more once its workspace has served the next one. Elsewhere each point has a place of its own, as where the
-    host starts kernels quickly enough.
+    On a GPU where the device waits for the host the second point's stays for the next ones: the gradient graph of every
+    batch is recorded, with the products through it, and at another point all is replayed on the same memory with new
+    weights. A point is of no use any more once its workspace has served the next one. Elsewhere each point has a place
+    of its own.
 
     Parameters
     ----------
@@ -71,6 +71,7 @@ class Workspace:
         self._recording = recording
         self._memory = memory
         self._held: Place | None = None
+        self._points = 0
         self._recorder: Recorder | None = None
         self._tried: tuple[Objective, Grouping, Half | None] | None = None
 
@@ -92,14 +93,18 @@ class Workspace:
         how = self._how(objective, weights, names)
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         place = self._plain(objective, how, weights, names, budget)
-        # What processes gather meanwhile cannot be recorded.
-        if self._recorder.on and objective.pieces == 1 and objective.again is None:
+        self._points += 1
+        # Recording takes as long as some twenty gradients, more than it saves at a single point. What processes gather
+        # meanwhile cannot be recorded.
+        if self._points > 1 and self._recorder.on and objective.pieces == 1 and objective.again is None:
             if not self._waits(place):
                 self._recorder.on = False
                 return place
+            room = min(len(how[0].cut(objective)) * place.graphs.largest, budget) + 2 * place.graphs.largest
             del place
             try:
-                self._held = self._recorded(objective, how, weights, names, budget, graph_bytes)
+                recorded = self._recorded(objective, how, weights, names, budget, room)
+                self._held = replace(recorded, asked=graph_bytes)
                 return self._held
             except torch.OutOfMemoryError:
                 raise
@@ -150,7 +155,7 @@ class Workspace:
         weights: Tree,
         names: Sequence[str],
         budget: int,
-        asked: int | None,
+        room: int,
     ) -> Place:
         assert self._recorder is not None
         own = {name: tensor.detach().clone() for name, tensor in weights.items()}
@@ -160,10 +165,11 @@ class Workspace:
         with self._recorder.stream():
             for (piece,) in {len(pieces[0].batch.targets): pieces for pieces in batches}.values():
                 _warm_up(partial(graph, objective, own, leaves, half=half), piece)
-        torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
+        if torch.cuda.mem_get_info(weights[names[0]].device)[0] < room:
+            torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
         graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder, half), batches, own, budget)
         next(iter(graphs), None)  # what cannot be recorded shows here
-        return Place(objective, own, leaves, graphs, *how, budget, asked)
+        return Place(objective, own, leaves, graphs, *how, budget)
 
     @staticmethod
     def _moved(place: Place, weights: Tree) -> bool:
