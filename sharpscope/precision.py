@@ -16,7 +16,7 @@ Precision = Literal["highest", "high"]
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Run matrix products and convolutions in full float32 (``highest``) or TF32 (``high``) inside the block."""
+    """Run matrix products and convolutions in full float32 (``highest``) or with a mantissa of ten bits (``high``)."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision == "high"

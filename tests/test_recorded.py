@@ -60,6 +60,9 @@ def test_kernels_agree_with_float64(tokens, width):
             mine = derivatives(lambda *t: attention(*t, 0.3), torch.float32, "cuda", **shape)
         for m, plain in zip(mine, derivatives(reference, **shape), strict=True):
             assert (m.cpu() - plain).norm() <= bound * plain.norm()
+    halves = derivatives(lambda *t: attention(*t, 0.3), torch.float16, "cuda", **shape)
+    for m, plain in zip(halves, derivatives(reference, **shape), strict=True):
+        assert (m.cpu() - plain).norm() <= 1e-2 * plain.norm()
 
 
 class Mapped(nn.Module):
