@@ -151,6 +151,19 @@ def test_activations_beyond_float16_are_in_float32():
     assert near(mine.gradient, graphs(net)[0].gradient, 1e-5)
 
 
+@pytest.mark.usefixtures("forced")
+def test_a_network_without_norms_of_sequences_is_in_float32():
+    class Pooled(Block):
+        def forward(self, x):
+            return x + self.up(x)[..., :32]
+
+    net = tower(block=Pooled)
+    net.pre = nn.Identity().eval()
+    mine, _ = graphs(net, 1, Half())
+    assert mine.exact is None
+    assert mine.scale == 1
+
+
 def test_what_is_not_finite_is_computed_again():
     """All blocks of the step, by the exact product; nothing of it where all is finite."""
     bad = {"a": torch.tensor([1.0, float("inf")]), "b": torch.ones(1)}

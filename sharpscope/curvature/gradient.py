@@ -133,13 +133,15 @@ def differentiated(
 def graph(
     objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True, half: Half | None = None
 ) -> GradientGraph:
-    """Return the gradient graph of the piece; in float32 where its cotangents do not fit into float16."""
+    """Return the gradient graph of the piece; in float32 where its cotangents do not fit into float16, or none is."""
     exact = partial(graph, objective, weights, leaves, piece, fused=fused)
     for _ in range(TRIES if half else 0):
         assert half is not None
         scale = half.scale
         found = differentiated(objective, weights, leaves, piece, fused=fused, half=half)
-        if found.peak is None or half.holds(float(found.peak)):
+        if found.peak is None:
+            break
+        if half.holds(float(found.peak)):
             return GradientGraph(*found[:3], Products(), scale=scale, exact=exact)
         del found
     return GradientGraph(*differentiated(objective, weights, leaves, piece, fused=fused)[:3], Products())

@@ -244,8 +244,7 @@ def _recorded_graph(
         replay, found = recorder.record(lambda: differentiated(objective, weights, leaves, examples, half=half))
     renew(piece.batch)
     products = Products(recorder, len(piece.batch.targets))
-    if found.peak is None:
+    if half is None:
         return RenewedGraph(*found[:3], products, renew)
-    assert half is not None
     exact = partial(graph, objective, weights, leaves, examples)
     return RenewedGraph(*found[:3], products, renew, peak=found.peak, scale=half.scale, exact=exact)
