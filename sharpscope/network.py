@@ -56,12 +56,12 @@ class Network:
         return found
 
 
-_PARTS = frozenset(vars(nn.Module()))  # of a module, which torch itself puts weights in and out of
+MODULE_PARTS = frozenset(vars(nn.Module()))  # of a module, which torch itself puts weights in and out of
 
 
 @contextmanager
 def _attributes_kept(submodules: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Put back attributes where a plain tensor is written among them: what pruning computes from weights, a cache.
+    """Put back attributes where plain tensors are written among them: what pruning computes from weights, a cache.
 
     All of a submodule's or none: a number that says what a cached tensor holds goes with it. Lists and dicts among
     them likewise.
@@ -71,21 +71,25 @@ def _attributes_kept(submodules: Iterable[dict[str, Any]]) -> Iterator[None]:
         (value, value.copy())
         for own, _ in before
         for name, value in own.items()
-        if type(value) in (dict, list) and name not in _PARTS
+        if type(value) in (dict, list) and name not in MODULE_PARTS
     ]
     try:
         yield
     finally:
         for own, known in before:
             same = len(own) == len(known) and not any(map(is_not, own.values(), known.values()))  # quick, for most
-            if not same and any(isinstance(value, Tensor) and value is not known.get(n) for n, value in own.items()):
+            if not same and any(_of_tensors(value) and value is not known.get(n) for n, value in own.items()):
                 own.clear()
                 own.update(known)
         for value, known in held:
             new, old = (list(some.values()) if isinstance(some, dict) else some for some in (value, known))
-            if any(isinstance(member, Tensor) and all(member is not other for other in old) for member in new):
+            if any(_of_tensors(member) and all(member is not other for other in old) for member in new):
                 value.clear()
                 value.update(known) if isinstance(value, dict) else value.extend(known)
+
+
+def _of_tensors(value: object) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value))
 
 
 def logits(outputs: Any) -> Tensor:

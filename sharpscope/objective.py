@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ class Objective:
 
     def outputs(self, weights: Tree, inputs: Any) -> Tensor:
         """Return the outputs; attention and weight norm run unfused: kernels have no second derivative, or err."""
-        with sdpa_kernel(SDPBackend.MATH), PlainWeightNorm():
+        with unfused():
             return self.forward(weights, inputs)
 
     def part(self, weights: Tree, batch: Batch) -> Tensor:
@@ -170,6 +170,13 @@ class Objective:
         """Return the mean loss. Cost: one forward."""
         parts = [float(self.part(weights, batch)) for batch in self.own_batches]
         return sum(self.ranks.gathered(parts))
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Run attention and weight norm by operations that have second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), PlainWeightNorm():
+        yield
 
 
 def saving(again: Again | None) -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sharpscope.agreement import check_same_forward
 from sharpscope.batches import check_taken
 from sharpscope.budget import pieces_for
+from sharpscope.caches import check_caches
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
@@ -241,12 +242,14 @@ def _touched(
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
         split.check_labels(class_count(first, weights, next(iter(split)).inputs, ROLES[0], split.name))
+    if not isinstance(network, ShardedNetwork):  # whose module is without weights after a forward
+        check_caches(first, network, weights, everything.names)
     check_additive(first, weights)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
     example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
     check_differentiable(example, weights, everything.names)
-    if plan.measures and not isinstance(network, ShardedNetwork):  # whose module is without weights after a forward
+    if plan.measures and not isinstance(network, ShardedNetwork):
         curved = any(getattr(measure, "matrix", None) == "hessian" for measure in plan.measures)
         check_derivatives(first, network, weights, everything.names, curved)
     point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells

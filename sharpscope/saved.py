@@ -19,6 +19,7 @@ from sharpscope.stragglers.effects import keys_of_moves
 from sharpscope.stragglers.recipes import keys_of_trials
 from sharpscope.table import MODEL, Cell, cell_key
 
+_ANSWERS = ("correct", "confidence", "loss")  # that an evaluation keeps of each image; others the first of them
 _AGAIN = "run the same scan again: it resumes, and writes its result anew"
 
 
@@ -79,11 +80,11 @@ def open_result(folder: str | Path) -> ScanResult:
 
 def _check_whole(place: Path, meta: Mapping[str, Any], cells: Sequence[Cell]) -> None:
     """Raise if cells are missing that belong to the path, the interventions or the recipes of the scan."""
-    there = {cell.key for cell in cells}
+    there = {cell.key: cell for cell in cells}
     for what, wanted in _KEYS.items():
         try:
             keys = dict.fromkeys(wanted(meta))
-        except (KeyError, TypeError, ValueError) as damage:
+        except (KeyError, TypeError, ValueError, UsageError) as damage:
             raise UsageError(
                 f"{place / 'scan.json'} is damaged: its {what} are not whole ({damage!r})", _AGAIN
             ) from damage
@@ -93,6 +94,26 @@ def _check_whole(place: Path, meta: Mapping[str, Any], cells: Sequence[Cell]) ->
                 f"{len(keys)} {what})",
                 _AGAIN,
             )
+        _check_answers(place, [there[key] for key in keys], _ANSWERS if what == "evaluations" else _ANSWERS[:1])
+
+
+def _check_answers(place: Path, cells: Sequence[Cell], wanted: Sequence[str]) -> None:
+    """Raise if a cell lacks what models answered to each image, or has another number of images than those before."""
+    counts: dict[str, int] = {}
+    for cell in cells:
+        split = cell.key.split("|")[1]
+        for name in wanted:
+            if name not in cell.arrays:
+                raise UsageError(
+                    f"{place / 'cells.jsonl'} is damaged: {cell.key!r} lacks {name!r} of its images", _AGAIN
+                )
+            found = len(cell.arrays[name])
+            if found != counts.setdefault(split, found):
+                raise UsageError(
+                    f"{place / 'cells.jsonl'} is damaged: {cell.key!r} has {name!r} of {found} images, others of "
+                    f"{split!r} of {counts[split]}",
+                    _AGAIN,
+                )
 
 
 def _judged(meta: Mapping[str, Any]) -> list[str]:

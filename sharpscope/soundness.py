@@ -69,14 +69,19 @@ def check_derivatives(
         return
 
 
-def _check(few: Objective, network: Network, weights: Tree, names: Sequence[str], curved: bool) -> None:
+def near(weights: Tree, names: Sequence[str]) -> Tree:
+    """Return weights of which the named ones are moved by :data:`AWAY`."""
     signs = rademacher({name: weights[name] for name in names}, "soundness")
-    near = {**weights, **{name: weights[name] * (1 + AWAY * sign) for name, sign in signs.items()}}
+    return {**weights, **{name: weights[name] * (1 + AWAY * sign) for name, sign in signs.items()}}
+
+
+def _check(few: Objective, network: Network, weights: Tree, names: Sequence[str], curved: bool) -> None:
+    moved = near(weights, names)
     with matmul_precision("highest"):  # in TF32 products are as asymmetric as it rounds
-        if not _runs(few, near):
+        if not _runs(few, moved):
             return
-        check_gradient(few, network, near, names)
-        if curved and (gap := _unsaturated_asymmetry(few, near, names)) > LIMIT:
+        check_gradient(few, network, moved, names)
+        if curved and (gap := _unsaturated_asymmetry(few, moved, names)) > LIMIT:
             raise ModelError(
                 f"the model's Hessian is not symmetric, by {gap:.1g} of a product: a second derivative in it is wrong",
                 "operations that torch differentiates twice, in place of a fused kernel or an autograd.Function of "

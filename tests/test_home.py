@@ -20,6 +20,7 @@ from sharpscope.cli import app
 from sharpscope.errors import UsageError
 from sharpscope.models import read_templates
 from sharpscope.models.reference import parsed
+from sharpscope.optim import AuditLog, audited
 from sharpscope.recipe import Recipe
 from sharpscope.recipe_file import RecipeFile, read_recipe, write_recipe
 from sharpscope.sources import absolute
@@ -105,6 +106,17 @@ def test_a_recipe_is_kept_and_found_at_home(home):
     kept = RecipeFile(Recipe.uniform(0.5))
     write_recipe(kept, "~/r.toml")
     assert read_recipe("~/r.toml") == read_recipe(home / "r.toml") == kept
+
+
+def test_a_training_is_logged_at_home(home):
+    model = torch.nn.Linear(3, 2)
+    optimizer = ss.AdamSPD(model.named_parameters(), anchor="init")
+    for audit in ("~/logs/spd.jsonl", home / "logs" / "spd.jsonl"):  # the second continues the first
+        with audited(optimizer, audit, every=1):
+            pass
+    AuditLog("~/own.jsonl", optimizer)
+    assert (home / "logs" / "spd.jsonl").is_file()
+    assert (home / "own.jsonl").is_file()
 
 
 @pytest.mark.parametrize("place", ["~no-such-user/model", "~no-such-user"])

@@ -26,7 +26,7 @@ ROOMS = [
     ["replay"],
     ["apgd", "curvature"],
     ["perturbation", "evaluate", "budget", "soundness", "agreement"],
-    ["measures", "memory"],
+    ["measures", "memory", "caches"],
     ["models", "optim"],
     ["pictures", "collection", "folders", "shards", "webdataset", "rows", "items", "sources", "finetune", "merging"],
     ["pairs"],

@@ -61,6 +61,72 @@ class Caching(nn.Module):
         return self.seen
 
 
+class Remembering(nn.Module):
+    """As LeViT does: in evaluation mode what was computed from weights is kept, here in one of four places."""
+
+    def __init__(self, place, from_weights=True, graph=True):
+        super().__init__()
+        self.linear, self.bias = nn.Linear(8, 3), nn.Parameter(torch.zeros(6))
+        self.held, self.kept, self.place, self.from_weights, self.graph = {}, None, place, from_weights, graph
+
+    def train(self, mode=True):
+        if mode:
+            self.held, self.kept = {}, None
+        return super().train(mode)
+
+    def shift(self):
+        with torch.set_grad_enabled(self.graph and torch.is_grad_enabled()):
+            return self.bias[torch.tensor([0, 2, 4])] if self.from_weights else torch.randn(3)
+
+    def forward(self, x):
+        if self.place.startswith("dict"):
+            if "shift" not in self.held:
+                self.held["shift"] = self.shift() if self.place == "dict" else (self.shift(), 1)
+            return self.linear(x) + (self.held["shift"] if self.place == "dict" else self.held["shift"][0])
+        if self.kept is None:
+            self.kept = self.shift() if self.place == "attribute" else (len(x), self.shift())
+        return self.linear(x) + (self.kept if self.place == "attribute" else self.kept[1])
+
+
+def called(models, which=(0, 1)):
+    with torch.no_grad():
+        for place in which:
+            models[place](torch.zeros(2, 8))
+    return models
+
+
+@pytest.mark.parametrize("measures", [["trace"], []])
+@pytest.mark.parametrize("place", ["dict", "attribute", "tuple", "dict of tuples"])
+def test_what_an_earlier_call_computed_from_weights_is_not_measured_with(place, measures):
+    models = called(ends(lambda: Remembering(place)))
+    name = "held" if place.startswith("dict") else "kept"
+    with pytest.raises(ModelError, match=rf"^{name} holds what an earlier call .*\n  fix: model.train\(\) and then"):
+        scan(models, measures=measures)
+    models[0].train().eval()
+    found = scan(models, measures=measures)
+    assert found.meta["unused"] == []
+    (x, y) = loader().dataset.tensors
+    expected = nn.functional.cross_entropy(models[1](x), y).item()
+    assert found.evals.query("measure == 'loss' and alpha == 1")["value"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nor_where_it_was_computed_without_gradients():
+    models = ends(lambda: Remembering("dict", graph=False))
+    with torch.no_grad():
+        models[0].bias.add_(1.0)
+    with pytest.raises(ModelError, match=r"^held holds"):
+        scan(called(models))
+
+
+def test_constants_and_random_draws_that_are_kept_do_no_harm():
+    models = ends(lambda: Remembering("attribute", from_weights=False))
+    called(models, [0])
+    models[1].kept = models[0].kept
+    drawn = models[0].kept
+    assert not scan(models).layers.empty
+    assert models[0].kept is drawn
+
+
 def test_a_cache_and_the_number_that_goes_with_it_are_put_back_together():
     models = ends(Caching)
     kept = models[0](torch.zeros(2, 8)).detach()

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from nets import Vit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sharpscope.curvature.trace import Trace
 from sharpscope.errors import DataError, ModelError, UsageError
@@ -352,6 +354,36 @@ def test_ignored_labels_and_a_forward_that_knows_its_batch_are_measured_on():
     probe, net = SharpnessProbe(data, quick), Whole(5, 3)
     probe.check(net)
     assert probe(net, layers(net))
+
+
+class Checkpointed(nn.Module):
+    """Patches of an image and attention over them, again in the backward pass, as timm has it while it evaluates."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.reentrant, self.net = reentrant, Vit(blocks=1)
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.net(x)
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+def test_activation_checkpointing_changes_no_number_of_a_training():
+    torch.manual_seed(0)
+    data, plain, net = [(torch.randn(4, 1, 4, 4), torch.arange(4) % 3)], Checkpointed(), Checkpointed(False)
+    net.load_state_dict(plain.state_dict())
+    probe = SharpnessProbe(data, Trace(most=4))
+    probe.check(net)
+    found, expected = ([one.value for _, one in probe(module, layers(module))] for module in (net, plain))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of forwards without gradients
+def test_a_model_without_gradients_is_refused_before_the_first_step():
+    probe = SharpnessProbe([(torch.randn(4, 1, 4, 4), torch.arange(4) % 3)])
+    with pytest.raises(ModelError, match=r"gradient cannot be computed(.|\n)*fix: if it checkpoints activations"):
+        probe.check(Checkpointed(True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

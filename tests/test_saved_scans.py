@@ -1,6 +1,7 @@
 """A folder is a scan when everything in it is of one scan, and whole; anything else is refused by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from planted import planted
 
 import sharpscope as ss
 from sharpscope.errors import UsageError
-from sharpscope.journal import Journal
+from sharpscope.journal import Journal, encode, read
 from sharpscope.result import ScanResult
 
 FEW = {"alphas": (0.0, 0.5, 1.0), "measures": ("trace",)}
@@ -82,6 +83,9 @@ def test_answers_that_are_gone_are_missed_by_name(studied, gone, of):
         ("interventions", {"bases": [["necessary", "one"]]}),
         ("recipes", {"trials": [{}]}),
         ("recipes", {"trials": [3]}),
+        ("recipes", {"trials": [{"key": "b", "name": "b", "kind": "per-layer"}]}),
+        ("recipes", {"trials": [{"key": "b", "kind": "per-layer", "rules": None}]}),
+        ("recipes", {"trials": [{"key": "b", "name": "b", "kind": "per-layer", "rules": [["head", 0.5]]}]}),
     ],
 )
 def test_settings_of_moves_and_recipes_that_are_not_whole_are_damage(studied, table, change):
@@ -89,6 +93,35 @@ def test_settings_of_moves_and_recipes_that_are_not_whole_are_damage(studied, ta
     meta[table] = {name: value for name, value in (meta[table] | change).items() if value != "gone"}
     (studied / "scan.json").write_text(json.dumps(meta))
     with pytest.raises(UsageError, match=rf"scan\.json is damaged: its {table} are not whole \(.*\n  fix: run"):
+        ss.open(studied)
+
+
+def without(arrays, name):
+    del arrays[name]
+
+
+def shortened(arrays, name):
+    arrays[name] = arrays[name][:-1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "key", "name", "said"),
+    [
+        (without, "0.5|scans|evaluation", "correct", "lacks 'correct' of its images"),
+        (without, "0.5|id|evaluation", "loss", "lacks 'loss' of its images"),
+        (without, "recipe|id|recipe/b", "correct", "lacks 'correct' of its images"),
+        (without, "1.0|id|moved/all/necessary/base/", "correct", "lacks 'correct' of its images"),
+        (shortened, "0.5|id|evaluation", "confidence", "has 'confidence' of 19 images, others of 'id' of 20"),
+        (shortened, "recipe|scans|recipe/b", "correct", "has 'correct' of 19 images, others of 'scans' of 20"),
+    ],
+)
+def test_cells_without_the_answers_to_all_images_are_damaged(studied, harm, key, name, said):
+    header, cells, _ = read(studied / "cells.jsonl")
+    harm(next(cell for cell in cells if cell.key == key).arrays, name)
+    (studied / "cells.jsonl").write_text("\n".join([json.dumps(header), *map(encode, cells)]) + "\n")
+    with pytest.raises(
+        UsageError, match=rf"cells\.jsonl is damaged: {re.escape(repr(key))} {said}\n  fix: run the same"
+    ):
         ss.open(studied)
 
 

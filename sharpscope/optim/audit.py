@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharpscope._version import __version__
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.optim import projection, shards
 from sharpscope.optim.activity import FORMAT, read_audit, read_lines, sentence
 from sharpscope.optim.chunk import Activity
@@ -53,7 +54,7 @@ class AuditLog:
             raise UsageError(f"an audit log of {type(optimizer).__name__}", "AdamSPD or SGDSPD")
         if every < 1:
             raise UsageError(f"every={every}", "a number of steps from 1")
-        self.path = Path(path)
+        self.path = at_home(path)
         self.optimizer = optimizer
         self.every = every
         self._last = step

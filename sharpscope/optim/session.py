@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sharpscope.errors import UsageError
+from sharpscope.home import at_home
 from sharpscope.optim.audit import AuditLog
 from sharpscope.optim.selective import SelectiveProjection
 from sharpscope.optim.sharpness import FEW, Measure, SharpnessProbe
@@ -31,7 +32,7 @@ class Session:
 
     def __init__(self, batches: Iterable[Any] | None, every: int, audit: str | Path, measure: Measure = FEW) -> None:
         self._batches, self._measure = batches, measure
-        self.every, self.path = every, Path(audit)
+        self.every, self.path = every, at_home(audit)
         self._probe: SharpnessProbe | None = None
         self._log: AuditLog | None = None
         self._module: nn.Module | None = None

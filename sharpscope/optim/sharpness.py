@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from sharpscope.errors import DataError, ModelError
 from sharpscope.evaluate import class_count
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
-from sharpscope.objective import Batch, Objective
+from sharpscope.objective import Batch, Objective, unfused
 from sharpscope.optim.anchor import plain_name
 from sharpscope.optim.projection import widened
 from sharpscope.partition import Partition
+from sharpscope.soundness import check_gradient
 from sharpscope.tree import Tree
 
 Measure = Callable[[Point, Partition, int], Estimates]
@@ -88,12 +90,15 @@ class SharpnessProbe:
         self._seed = seed
 
     def check(self, module: nn.Module) -> None:
-        """Raise what :meth:`__call__` would, before a training rather than in it. Cost: a forward of each batch.
+        """Raise what :meth:`__call__` would, before a training rather than in it.
+
+        Cost: a forward of each batch, and two gradients of the first.
 
         Raises
         ------
         ModelError, DataError
-            If weights are sharded, the model cannot take a batch, or a label is none of its outputs.
+            If weights are sharded, the model cannot take a batch or has no gradient there, or a label is none of its
+            outputs.
         """
         check_taken(self._unread, module, _NAME)
         with self._measured(module) as (objective, weights):
@@ -102,6 +107,9 @@ class SharpnessProbe:
                 labels = batch.targets[batch.targets != _IGNORED]
                 if len(labels):
                     check_range(labels, classes, _NAME)
+            names = [name for name, tensor in module.named_parameters() if tensor.is_floating_point()]
+            first = replace(objective, batches=objective.batches[:1])  # whole: a forward may know its batch
+            check_gradient(first, Network(module, weights, {}), weights, names)
 
     def __call__(self, module: nn.Module, layers: Partition) -> list[tuple[str, Estimate]]:
         """Return an estimate per layer, of the module's present weights in float32, dropout off.
@@ -126,7 +134,7 @@ class SharpnessProbe:
         if sharded := next((plain_name(name) for name, tensor in named if hasattr(tensor, "placements")), None):
             raise ModelError(f"{sharded!r} is sharded: its curvature needs the whole network", "leave out batches=...")
         device = next(module.parameters()).device
-        with undisturbed(module), unpatched(module), torch.autocast(device.type, enabled=False):
+        with undisturbed(module), unpatched(module), torch.autocast(device.type, enabled=False), unfused():
             weights = {name: _single(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
             dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
             moved = (batch.to(device) for batch in self.batches)

@@ -38,8 +38,16 @@ def recipe_key(split: str, what: str) -> str:
 
 
 def keys_of_trials(tried: Mapping[str, Any], splits: Sequence[str]) -> Iterator[str]:
-    """Yield the keys of the cells that hold the answers of all trials; see :func:`candidates`."""
-    return (recipe_key(split, trial["key"]) for trial in tried["trials"] for split in splits)
+    """Yield the keys of the cells that hold the answers of all trials; see :func:`candidates`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, UsageError
+        If a trial lacks what a candidate is made of.
+    """
+    for trial in tried["trials"]:
+        _candidate(trial, {})
+        yield from (recipe_key(split, trial["key"]) for split in splits)
 
 
 def candidates(cells: Iterable[Cell], tried: Mapping[str, Any] | None, correct: Correct) -> list[Candidate]:
@@ -61,11 +69,15 @@ def candidates(cells: Iterable[Cell], tried: Mapping[str, Any] | None, correct: 
         for alpha in sorted({alpha for alpha, _ in correct})
     ]
     for trial in tried["trials"] if tried else ():
-        rules = trial["rules"]
-        recipe = None if rules is None else Recipe(tuple((str(pattern), float(alpha)) for pattern, alpha in rules))
         answers = {split: known[recipe_key(split, trial["key"])].arrays["correct"] for split in splits}
-        found.append(Candidate(trial["name"], trial["kind"], recipe, answers))
+        found.append(_candidate(trial, answers))
     return found
+
+
+def _candidate(trial: Mapping[str, Any], answers: Mapping[str, Array]) -> Candidate:
+    rules = trial["rules"]
+    recipe = None if rules is None else Recipe(tuple((str(pattern), float(alpha)) for pattern, alpha in rules))
+    return Candidate(trial["name"], trial["kind"], recipe, answers)
 
 
 class Contest:

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from saved import moved, pixels
 from saved_libraries import KINDS
 
+import sharpscope
+from sharpscope.data import Split
 from sharpscope.errors import DataError, MismatchError, ModelError, UsageError
 from sharpscope.models import load, load_pair, pair, timm_model
 
@@ -144,6 +146,23 @@ def test_class_names_come_from_the_directory_and_are_compared_with_the_data(tmp_
     assert model.classes == ("red", "green", "blue car")
     with pytest.raises(DataError, match=r"output 1 of .* is 'green', class 1 of the data 'blue car'"):
         model.classifier(["red", "blue car", "green"])
+
+
+def test_a_levit_that_was_called_before_is_refused_until_its_biases_are_forgotten():
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "embed_dim": (16, 16, 16), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)}
+    first = timm.models.Levit(**settings, num_classes=3).eval()
+    models = first, moved(copy.deepcopy(first))
+    data = Split([(pixels(32, 6), torch.arange(6) % 3)], "id")
+    with torch.no_grad():
+        first(pixels(32))
+    with pytest.raises(ModelError, match=r"attention_bias_cache holds what an earlier call"):
+        sharpscope.scan(*models, data, alphas=[1], measures=[], progress=False)
+    first.train().eval()
+    found = sharpscope.scan(*models, data, alphas=[1], measures=[], progress=False).evals
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(models[1](pixels(32, 6)), torch.arange(6) % 3).item()
+    assert found.query("measure == 'loss'")["value"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_unknown_name_names_others():
