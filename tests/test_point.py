@@ -255,3 +255,30 @@ def test_a_point_that_is_dropped_frees_its_graphs():
         assert Canary.watched() is None
     finally:
         gc.enable()
+
+
+class Sloped(nn.Module):
+    """A forward that differentiates, as a network of energies does."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy, self.head = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.func.vmap(grad(lambda z: torch.tanh(self.energy(z)).sum()))(x))
+
+
+def test_a_forward_that_differentiates_has_the_products_of_autograd():
+    """torch cannot count what its graph saves, so none is kept."""
+    torch.manual_seed(0)
+    net = Sloped().double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
+    batches = tuple(Batch(*pair) for pair in zip(x.split(5), y.split(5), strict=True))
+    weights = dict(net.named_parameters())
+    here = Point(Objective(lambda w, x: functional_call(net, w, (x,)), cross_entropy, batches), weights, list(weights))
+    gradient = torch.autograd.grad(nn.functional.cross_entropy(net(x), y), list(weights.values()), create_graph=True)
+    v = tree.gaussian(here.gradient, "v")
+    images = torch.autograd.grad(gradient, list(weights.values()), list(v.values()))
+    for name, image in zip(weights, images, strict=True):
+        torch.testing.assert_close(here.product(v)[name], image, rtol=1e-9, atol=1e-12)
+    assert not here._graphs.kept

@@ -139,8 +139,14 @@ class Graphs(Generic[Graph]):
 
     def _first(self, piece: Piece) -> Graph:
         counter = _SavedBytes(self._constants, self._unsaved)
-        with saved_tensors_hooks(counter.pack, restored):
-            graph = self._graph(piece)
+        try:
+            with saved_tensors_hooks(counter.pack, restored):
+                graph = self._graph(piece)
+        except RuntimeError as refusal:  # a forward with torch.func.grad in it: what is saved cannot be counted
+            if "support saved tensor hooks" not in str(refusal):
+                raise
+            self._full = True
+            return self._make(piece)
         size = counter.bytes + graph.nbytes
         self.largest = max(self.largest, size)
         self._full = self.kept_bytes + size > self._budget
