@@ -2,13 +2,12 @@
 
 With S = scale q k', P = softmax(S) and output P v, the gradients for a cotangent g are
 
-    dP = g v',  dS = P (dP - rows(P dP)),  dq = scale dS k,  dk = scale dS' q,  dv = P' g
+    dP = g v',  T = dP - rows(P dP),  dS = P T,  dq = scale dS k,  dk = scale dS' q,  dv = P' g
 
 where a product of two matrices of one shape is taken entry by entry and rows() sums over a row. Their cotangents
 a, b, c come back through
 
-    D = scale (a k' + q b'),  E = P (D - rows(P D)),
-    F = D (dP - rows(P dP)) - dP rows(P D) + g c',  W = P (F - rows(P F))
+    D = scale (a k' + q b'),  U = D - rows(P D),  E = P U,  F = T U + g c',  W = P (F - rows(P F))
 
 as E v + P c for g, E' g for v, scale (W k + dS b) for q and scale (W' q + dS' a) for k.
 """
@@ -27,22 +26,26 @@ from sharpscope.curvature.passes import leave, left, unheard
 TOKENS, WIDTHS = 64, (16, 32, 64)  # largest number of tokens, and widths of a head, that the kernel takes
 
 
-def _slopes(p: Tensor, dp: Tensor) -> Tensor:
+def _centred(p: Tensor, dp: Tensor) -> Tensor:
     wide_p, wide_dp = wide(p), wide(dp)
-    return (wide_p * (wide_dp - (wide_p * wide_dp).sum(-1, keepdim=True))).to(p.dtype)
+    return (wide_dp - (wide_p * wide_dp).sum(-1, keepdim=True)).to(p.dtype)
 
 
-def _bends(p: Tensor, dp: Tensor, d: Tensor, gc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(p: Tensor, dp: Tensor) -> Tensor:
+    return (wide(p) * (wide(dp) - (wide(p) * wide(dp)).sum(-1, keepdim=True))).to(p.dtype)
+
+
+def _bends(p: Tensor, t: Tensor, d: Tensor, gc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dS, E and W of the module's docstring."""
     dtype = p.dtype
-    p, dp, d, gc = wide(p), wide(dp), wide(d), wide(gc)
-    mean_dp, mean_d = (p * dp).sum(-1, keepdim=True), (p * d).sum(-1, keepdim=True)
-    f = d * (dp - mean_dp) - dp * mean_d + gc
-    ds, e, w = p * (dp - mean_dp), p * (d - mean_d), p * (f - (p * f).sum(-1, keepdim=True))
+    p, t, d, gc = wide(p), wide(t), wide(d), wide(gc)
+    u = d - (p * d).sum(-1, keepdim=True)
+    f = t * u + gc
+    ds, e, w = p * t, p * u, p * (f - (p * f).sum(-1, keepdim=True))
     return ds.to(dtype), e.to(dtype), w.to(dtype)
 
 
-_slope, _bend = Fused(_slopes, axes=1), Fused(_bends, axes=1)
+_centre, _slope, _bend = Fused(_centred, axes=1), Fused(_slopes, axes=1), Fused(_bends, axes=1)
 
 
 def _kernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -76,11 +79,10 @@ class _Slope(torch.autograd.Function):
         if p is None:
             ctx.save_for_backward(g, q, k, v)
             return _in_kernel(g, q, k, v, more, node.scale)
-        dp = g @ v.mT
-        ctx.save_for_backward(g, q, k, v, p, dp)
-        ds = _slope(p, dp)
-        found = ds @ k * node.scale, ds.mT @ q * node.scale, p.mT @ g
-        return found if more is None else tuple(own.add_(part) for own, part in zip(found, more, strict=True))
+        g = g.contiguous()  # read several times
+        t = _centre(p, torch.bmm(g, v.mT))
+        ctx.save_for_backward(g, q, k, v, p, t)
+        return _gradients(g, q, k, p, p * t, more, node.scale)
 
     @staticmethod
     @once_differentiable
@@ -90,10 +92,23 @@ class _Slope(torch.autograd.Function):
         if not known:
             by_g, *rest = _kernels(q, k, v).bends(a, b, c, g, q, k, v, scale)
             return by_g, *leave(ctx.node, *rest), None, None, None
-        p, dp = known
-        ds, e, w = _bend(p, dp, torch.add(a @ k.mT, q @ b.mT) * scale, g @ c.mT)
-        by_q, by_k = (w @ k + ds @ b) * scale, (w.mT @ q + ds.mT @ a) * scale
-        return e @ v + p @ c, *leave(ctx.node, by_q, by_k, e.mT @ g), None, None, None
+        p, t = known
+        a, b, c = (tensor.contiguous() for tensor in (a, b, c))
+        ds, e, w = _bend(p, t, _sum(torch.bmm(a, k.mT), q, b.mT).mul_(scale), torch.bmm(g, c.mT))
+        by_q, by_k = _sum(torch.bmm(w, k), ds, b).mul_(scale), _sum(torch.bmm(w.mT, q), ds.mT, a).mul_(scale)
+        return _sum(torch.bmm(e, v), p, c), *leave(ctx.node, by_q, by_k, torch.bmm(e.mT, g)), None, None, None
+
+
+def _sum(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the total with the products of a and b added in place."""
+    return total.baddbmm_(a, b)
+
+
+def _gradients(
+    g: Tensor, q: Tensor, k: Tensor, p: Tensor, ds: Tensor, more: tuple[Tensor, ...] | None, scale: float
+) -> tuple[Tensor, ...]:
+    found = torch.bmm(ds, k).mul_(scale), torch.bmm(ds.mT, q).mul_(scale), torch.bmm(p.mT, g)
+    return found if more is None else tuple(own.add_(part) for own, part in zip(found, more, strict=True))
 
 
 class _Attention(torch.autograd.Function):
@@ -104,23 +119,32 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, None)
             found: Tensor = triton.attention(q, k, v, scale)
             return found
-        p = torch.softmax(wide(q @ k.mT) * scale, -1).to(q.dtype)
+        p = torch.softmax(wide(torch.bmm(q, k.mT)) * scale, -1).to(q.dtype)
         ctx.save_for_backward(q, k, v, p)
-        return p @ v
+        return torch.bmm(p, v)
 
     @staticmethod
     @unheard
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
-        if p is None and not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
+        if torch.is_grad_enabled():
+            return *_Slope.apply(g, q, k, v, p, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
+        # A product's way down, which nothing differentiates.
+        if p is None:
             return *_in_kernel(g, q, k, v, left(ctx), ctx.scale), None
-        return *_Slope.apply(g, q, k, v, p, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
+        g = g.contiguous()
+        return *_gradients(g, q, k, p, _slope(p, torch.bmm(g, v.mT)), left(ctx), ctx.scale), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return ``softmax(scale q k') v``, shapes (..., tokens, width), differentiable twice."""
-    found: Tensor = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
-    return found
+    if _kernels(q, k, v):
+        found: Tensor = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+        return found
+    shape = q.shape[:-2]
+    q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v))  # else every product copies them
+    found = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    return found.view(*shape, *found.shape[1:])
 
 
 def attention_of_groups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

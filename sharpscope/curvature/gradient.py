@@ -119,7 +119,6 @@ def differentiated(
     def part(own: Tree, batch: Batch) -> Tensor:
         return objective.part({**weights, **own}, batch)
 
-    fused = fused and next(iter(leaves.values())).is_cuda
     peaks: list[Tensor] = []
     with torch.enable_grad(), smooth(on=fused, batched=views.several, peaks=None if half is None else peaks):
         loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)

@@ -47,7 +47,7 @@ def _norm_slope(
     if (triton := kernels(g, x, weight)) and x.shape[-1] <= WIDEST:
         found: Tensor = triton.norm_slope(g, x, weight, mean, rate, more)
     else:
-        found = _fused_slopes(g, x, weight, mean, rate)
+        found = (_along if _keeps(g, x) else _fused_slopes)(g, x, weight, mean, rate)
         found = found if more is None else found.add_(*more)
     return found
 
@@ -59,6 +59,23 @@ def _norm_bend(c: Tensor, p: Tensor | None, q: Tensor | None, *known: Tensor) ->
         p, q = (torch.zeros_like(known[2]) if part is None else part for part in (p, q))
         by_g, by_x = _fused_bends(c, p, q, *known)
         found = by_g.to(known[0].dtype), by_x
+    return found
+
+
+def _keeps(g: Tensor, x: Tensor) -> bool:
+    """Return whether a graph keeps what its products need of a norm: on a CPU, where computing it takes longer."""
+    return not x.is_cuda and g.dtype == x.dtype
+
+
+def _along(u: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rate: Tensor) -> Tensor:
+    """Return the derivative of normalisation times u, or u weighted, on a CPU."""
+    if weight is not None:
+        if len(weight) > 1 and weight.stride(0) > 0:  # groups with weights that are computed
+            u, weight = u * weight, None
+        else:
+            weight = weight[0, 0].contiguous()
+    needed = [True, False, False]
+    found: Tensor = torch.ops.aten.native_layer_norm_backward(u, x, x.shape[-1:], mean, rate, weight, None, needed)[0]
     return found
 
 
@@ -99,20 +116,54 @@ class _NormSlope(torch.autograd.Function):
         more: tuple[Tensor, ...] | None,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(g, x, weight, mean, rate)
         ctx.set_materialize_grads(False)
         ctx.node = node
-        return _all_slopes(g, x, weight, mean, rate, more, wanted)
+        if not _keeps(g, x):
+            ctx.save_for_backward(g, x, weight, mean, rate)
+            return _all_slopes(g, x, weight, mean, rate, more, wanted)
+        slope, *rest = _all_slopes(g, x, weight, mean, rate, None, wanted)
+        unit = (x - mean).mul_(-rate * rate)  # u of `_kept_bend`
+        tilt = (g * weight * unit).mean(-1, keepdim=True)
+        ctx.save_for_backward(g, x, weight, mean, rate, slope, unit, tilt)
+        return slope if more is None else slope + more[0], *rest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, c: Tensor | None, p: Tensor | None, q: Tensor | None) -> tuple[Tensor | None, ...]:
-        c = torch.zeros_like(ctx.saved_tensors[1]) if c is None else c
-        g, x, _, *how = ctx.saved_tensors
-        by_g, by_x = _norm_bend(c, p, q, *ctx.saved_tensors)
+        g, x, weight, mean, rate, *known = ctx.saved_tensors
+        c = torch.zeros_like(x) if c is None else c
+        by_g, by_x = (_kept_bend if known else _norm_bend)(c, p, q, g, x, weight, mean, rate, *known)
         # A block's product does not ask for it in the layers above, and sums over rows are slow.
-        by_weight = _rows(_norm_weight_bend(c, g, x, *how)) if goes_on(ctx, 2) else None
+        by_weight = _rows(_norm_weight_bend(c, g, x, mean, rate)) if goes_on(ctx, 2) else None
         return by_g, *leave(ctx.node, by_x), by_weight, *(None,) * 5
+
+
+def _kept_bend(
+    c: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rate: Tensor,
+    slope: Tensor,
+    unit: Tensor,
+    tilt: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return what `_bends` does, from what does not depend on c, on a CPU.
+
+    With d the derivative of normalisation times c, slope that times ``g weight`` and u = -rate x', the derivative by x
+    is ``d mean(g weight u) + slope mean(c u) + u mean(c slope)``, and with p that of normalisation times ``g p`` more.
+    """
+    d = _along(c, x, None, mean, rate)
+    by_x = (d * tilt).addcmul_(slope, (c * unit).mean(-1, keepdim=True))
+    by_x.addcmul_(unit, (c * slope).mean(-1, keepdim=True))
+    by_g = d.mul_(weight)
+    if p is not None:
+        by_x += _along(g * p, x, None, mean, rate)
+        by_g.addcmul_((x - mean) * rate, p)
+    return by_g if q is None else by_g.add_(q), by_x
 
 
 class _Norm(torch.autograd.Function):

@@ -124,7 +124,9 @@ def _affine(
     **_more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Return the arguments of `_norm` if that is what the call is."""
-    return None if weight is None or bias is None or len(shape) > 1 else (x, weight, bias, eps)
+    if weight is None or bias is None or len(shape) > 1 or not x.dtype == weight.dtype == bias.dtype:
+        return None
+    return x, weight, bias, eps
 
 
 def smooth(*, on: bool = True, batched: bool = False, peaks: list[Tensor] | None = None) -> AbstractContextManager[Any]:
