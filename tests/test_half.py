@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharpscope.curvature import gradient, groups, workspace
-from sharpscope.curvature.gradient import graph, halved, near
+from sharpscope.curvature.gradient import graph
 from sharpscope.curvature.graphs import Part
 from sharpscope.curvature.groups import Piece
 from sharpscope.curvature.half import Half, small
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.route import Route, near, route
 from sharpscope.curvature.smooth import smooth
 from sharpscope.losses import cross_entropy
 from sharpscope.measures import MEASURES
@@ -80,11 +81,7 @@ def leaves_of(net):
 
 @pytest.fixture
 def forced(monkeypatch):
-    """Closed forms and float16 wherever a scale is given, as on a GPU that has Triton."""
-    real = gradient.smooth
-    monkeypatch.setattr(
-        gradient, "smooth", lambda on, batched, peaks: real(on=peaks is not None, batched=batched, peaks=peaks)
-    )
+    """Groups as those of a network that is worth their probes."""
     monkeypatch.setattr(groups, "BUSY", 0)
 
 
@@ -94,7 +91,7 @@ def graphs(net, count=1, half=None, dtype=torch.float32, scale=1.0):
     fn = objective(net, dtype=dtype)
     fn = replace(fn, loss=lambda outputs, targets: scale * cross_entropy(outputs, targets))
     piece = Piece(fn.batches[0], range(count))
-    return graph(fn, leaves, leaves, piece, fused=False, half=half), tuple(leaves)
+    return graph(fn, leaves, leaves, piece, fused=half is not None, half=half), tuple(leaves)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -189,7 +186,7 @@ def test_what_is_not_finite_is_computed_again():
 def test_a_product_beyond_float16_is_exact(monkeypatch):
     """A vector that is brought to a size far too large overflows; the point says the right product all the same."""
     net, fn = tower(), objective(tower(), batches=2)
-    monkeypatch.setattr(workspace, "halved", lambda *_: Half())
+    monkeypatch.setattr(workspace, "route", lambda *_: Route(half=Half()))
     point = Point(fn, dict(net.named_parameters()), list(leaves_of(net)))
     plain = Point(replace(fn), dict(net.named_parameters()), list(leaves_of(net)))
     monkeypatch.setattr(gradient, "small", lambda tensors: small(tensors) * 2.0**30)
@@ -197,7 +194,7 @@ def test_a_product_beyond_float16_is_exact(monkeypatch):
     (first, *_) = point.parts()
     (only,) = first.graphs(tuple(v))
     assert not all(t.isfinite().all() for t in only.product(tuple(v), v).values())
-    monkeypatch.setattr(workspace, "halved", lambda *_: None)
+    monkeypatch.setattr(workspace, "route", lambda *_: Route())
     assert near(point.product(v), plain.product(v), 3e-3)
     each = first.each(tuple(v), {n: t.expand(first.groups, *t.shape).contiguous() for n, t in v.items()})
     assert all(t.isfinite().all() for t in each.values())
@@ -209,7 +206,7 @@ def test_estimates_in_float16_are_those_in_float32(monkeypatch):
     fn, layers = objective(net, 64, batches=2), layers_of(net)
     found = []
     for half in (Half(), None):
-        monkeypatch.setattr(workspace, "halved", lambda *_, half=half: half)
+        monkeypatch.setattr(workspace, "route", lambda *_, half=half: Route(half=half))
         point = Point(replace(fn), dict(net.named_parameters()), list(layers.names))
         assert (next(iter(point._graphs)).exact is not None) == (half is not None)
         found.append({m: dict(MEASURES[m](point, layers, 0)) for m in ("trace", "lambda_max")})
@@ -286,7 +283,8 @@ def test_vectors_are_brought_to_a_size_that_float16_has():
 def test_it_is_not_tried_without_a_gpu_or_in_full_precision():
     net = tower()
     with matmul_precision("high"):
-        assert halved(pytest.fail, objective(net), leaves_of(net)) is None
+        leaves = leaves_of(net)
+        assert route(partial(graph, objective(net), leaves, leaves), objective(net), leaves) == Route()
 
 
 @needs_gpu

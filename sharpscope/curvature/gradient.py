@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from sharpscope.curvature.graphs import twice_differentiable
-from sharpscope.curvature.groups import LEAST, Piece, Views, mapped
+from sharpscope.curvature.groups import Piece, Views, mapped
 from sharpscope.curvature.half import Half, small
 from sharpscope.curvature.recorded import Products
 from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
-from sharpscope.precision import matmul_precision
-from sharpscope.tree import Tree, norm, scaled
+from sharpscope.tree import Tree, scaled
 
 TRIES = 4  # scales of the loss
-GAP, FAINT = 0.01, 0.03
 
 
 @dataclass(frozen=True)
@@ -144,37 +142,3 @@ def graph(
             return GradientGraph(*found[:3], Products(), scale=scale, exact=exact)
         del found
     return GradientGraph(*differentiated(objective, weights, leaves, piece, fused=fused)[:3], Products())
-
-
-def halved(make: Callable[..., GradientGraph], objective: Objective, leaves: Tree) -> Half | None:
-    """Return a scale for graphs in float16, None where it is not allowed or not right.
-
-    It is allowed where TF32 is, and right where a gradient of a few examples and a product with it are, but for
-    :data:`GAP`, those in float32 without closed forms.
-    """
-    allowed = torch.get_float32_matmul_precision() != "highest" and objective.again is None
-    if not allowed or not all(leaf.is_cuda and leaf.dtype == torch.float32 for leaf in leaves.values()):
-        return None
-    piece, half = Piece(objective.batches[0].split([LEAST])[0]), Half()
-    try:
-        mine = make(piece, half=half)
-        if mine.exact is None:
-            return None
-        way = mine.gradient
-        found = way, mine.product(tuple(leaves), way)
-        with matmul_precision("highest"):
-            plain = make(piece, fused=False)
-            true = plain.gradient, plain.product(tuple(leaves), way)
-        return half if all(near(*pair, GAP) for pair in zip(found, true, strict=True)) else None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model does that float16 does not go with
-        return None
-
-
-def near(found: Tree, true: Tree, gap: float) -> bool:
-    """Return whether every tensor is the true one but for a share of its length, or of the whole's if that is small."""
-    if found.keys() != true.keys():
-        return False
-    least = FAINT * norm(true)
-    return all(float((found[n] - t).norm()) <= gap * max(float(t.norm()), least) for n, t in true.items())

@@ -95,8 +95,8 @@ def grouping(
     objective, weights, names
         The mean loss, all tensors, and those that are differentiated.
     gradient
-        Returns that of a piece's groups together, by closed forms of derivatives where they are wanted and on. Tried on
-        two groups of every batch of another size or shape.
+        Returns that of a piece's groups together, as graphs are made if wanted, else as torch alone does. Tried on two
+        groups of every batch of another size or shape.
     memory
         Limit in bytes, of which :data:`ROOM` is a share; None: all that the device has.
     """

@@ -84,17 +84,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.sum(1, keepdim=True, dtype=torch.float32 if tensor.dtype == torch.float16 else None)
 
 
-def _all_slopes(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rate: Tensor,
-    more: tuple[Tensor, ...] | None,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:
-    by_weight = _rows(g * ((x - mean) * rate)) if wanted[0] else None
-    return _norm_slope(g, x, weight, mean, rate, more), by_weight, _rows(g) if wanted[1] else None
+def _sums(g: Tensor, x: Tensor, mean: Tensor, rate: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    """Return the gradients by weight and bias."""
+    return _rows(g * ((x - mean) * rate)) if wanted[0] else None, _rows(g) if wanted[1] else None
 
 
 class _NormSlope(torch.autograd.Function):
@@ -120,12 +112,12 @@ class _NormSlope(torch.autograd.Function):
         ctx.node = node
         if not _keeps(g, x):
             ctx.save_for_backward(g, x, weight, mean, rate)
-            return _all_slopes(g, x, weight, mean, rate, more, wanted)
-        slope, *rest = _all_slopes(g, x, weight, mean, rate, None, wanted)
+            return _norm_slope(g, x, weight, mean, rate, more), *_sums(g, x, mean, rate, wanted)
+        slope = _norm_slope(g, x, weight, mean, rate, None)
         unit = (x - mean).mul_(-rate * rate)  # u of `_kept_bend`
         tilt = (g * weight * unit).mean(-1, keepdim=True)
         ctx.save_for_backward(g, x, weight, mean, rate, slope, unit, tilt)
-        return slope if more is None else slope + more[0], *rest
+        return slope if more is None else slope + more[0], *_sums(g, x, mean, rate, wanted)
 
     @staticmethod
     @once_differentiable
@@ -181,7 +173,7 @@ class _Norm(torch.autograd.Function):
         wanted = goes_on(ctx, 1), goes_on(ctx, 2)
         if not torch.is_grad_enabled():  # a product's way down, which nothing differentiates
             x, weight, mean, rate = ctx.saved_tensors
-            return *_all_slopes(g, x, weight, mean, rate, left(ctx), wanted), None, None
+            return _norm_slope(g, x, weight, mean, rate, left(ctx)), *_sums(g, x, mean, rate, wanted), None, None
         found = _NormSlope.apply(g, *ctx.saved_tensors, ctx, left(ctx), wanted)  # type: ignore[no-untyped-call]
         return *found, None, None
 

@@ -161,7 +161,7 @@ class Point:
 
     def parts(self) -> Iterator[Part[GradientGraph]]:
         """Yield the share in the Hessian of each of this rank's batches; not counted as products."""
-        exact = GradientGraph.exactly if self._place.half else None
+        exact = GradientGraph.exactly if self._place.route.half else None
         for number, graphs in enumerate(self._graphs.by_batch()):
             walked = partial(self._walked, number, graphs)
             yield Part(GradientGraph.product, walked, self._graphs.groups(number), exact)

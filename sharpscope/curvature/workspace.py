@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sharpscope.curvature.gradient import GradientGraph, RenewedGraph, differentiated, graph, halved
+from sharpscope.curvature.gradient import GradientGraph, RenewedGraph, differentiated, graph
 from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
 from sharpscope.curvature.groups import Grouping, Piece, grouping
-from sharpscope.curvature.half import Half
 from sharpscope.curvature.recorded import Products, Recorder, shortened
+from sharpscope.curvature.route import Route, route
 from sharpscope.objective import Batch, Objective, restored
 from sharpscope.tree import Tree, select
 
-How = tuple[Grouping, Half | None]  # in which groups, and whether in float16
+How = tuple[Grouping, Route]  # in which groups, and in which way
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Place:
     leaves: Tree
     graphs: Graphs[Any]
     grouping: Grouping
-    half: Half | None
+    route: Route
     budget: int  # bytes that kept graphs may take
     asked: int | None = None
 
@@ -48,7 +48,8 @@ class Place:
         leaves = {name: self.leaves[name].detach().requires_grad_() for name in names}
         weights = {**{name: tensor.detach() for name, tensor in self.weights.items()}, **leaves}
         batches, room = self.grouping.cut(self.objective)[first:], self.budget - self.graphs.kept_bytes
-        return Graphs(partial(graph, self.objective, weights, leaves), batches, weights.values(), room)
+        make = partial(graph, self.objective, weights, leaves, fused=self.route.fused)
+        return Graphs(make, batches, weights.values(), room)
 
 
 class Workspace:
@@ -73,7 +74,7 @@ class Workspace:
         self._held: Place | None = None
         self._points = 0
         self._recorder: Recorder | None = None
-        self._tried: tuple[Objective, Grouping, Half | None] | None = None
+        self._tried: tuple[Objective, Grouping, Route] | None = None
 
     def clear(self) -> None:
         """Let go of the memory."""
@@ -117,7 +118,7 @@ class Workspace:
     @staticmethod
     def _plain(objective: Objective, how: How, weights: Tree, names: Sequence[str], budget: int) -> Place:
         leaves = {name: weights[name].detach().requires_grad_() for name in names}
-        make = partial(graph, objective, {**weights, **leaves}, leaves, half=how[1])
+        make = how[1].of(partial(graph, objective, {**weights, **leaves}, leaves))
         graphs = Graphs(make, how[0].cut(objective), weights.values(), budget, objective.again)
         return Place(objective, {**weights, **leaves}, leaves, graphs, *how, budget)
 
@@ -134,18 +135,18 @@ class Workspace:
         return self._recorder.pays("gradient")
 
     def _how(self, objective: Objective, weights: Tree, names: Sequence[str]) -> How:
-        """Return the objective's grouping, and whether its graphs may be in float16; found once."""
+        """Return the objective's grouping, and the way of its graphs; found once."""
         if self._tried is None or self._tried[0] is not objective:
             leaves = {name: weights[name].detach().requires_grad_() for name in names}
             make = partial(graph, objective, {**weights, **leaves}, leaves)
             with saved_tensors_hooks(_with_storage, restored):
-                half = halved(make, objective, leaves)
+                way = route(make, objective, leaves)
 
-            def gradient(piece: Piece, fused: bool) -> Tree:
+            def gradient(piece: Piece, as_run: bool) -> Tree:
                 with saved_tensors_hooks(_with_storage, restored):
-                    return make(piece, fused=fused, half=half if fused else None).gradient
+                    return (way if as_run else Route(fused=False)).of(make)(piece).gradient
 
-            self._tried = objective, grouping(objective, weights, names, gradient, self._memory), half
+            self._tried = objective, grouping(objective, weights, names, gradient, self._memory), way
         return self._tried[1:]
 
     def _recorded(
@@ -160,14 +161,14 @@ class Workspace:
         assert self._recorder is not None
         own = {name: tensor.detach().clone() for name, tensor in weights.items()}
         leaves = {name: own[name].requires_grad_() for name in names}
-        grouping, half = how
+        grouping, way = how
         batches = grouping.cut(objective)
         with self._recorder.stream():
             for (piece,) in {len(pieces[0].batch.targets): pieces for pieces in batches}.values():
-                _warm_up(partial(graph, objective, own, leaves, half=half), piece)
+                _warm_up(way.of(partial(graph, objective, own, leaves)), piece)
         if torch.cuda.mem_get_info(weights[names[0]].device)[0] < room:
             torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
-        graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder, half), batches, own, budget)
+        graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder, way), batches, own, budget)
         next(iter(graphs), None)  # what cannot be recorded shows here
         return Place(objective, own, leaves, graphs, *how, budget)
 
@@ -177,7 +178,7 @@ class Workspace:
         for name, tensor in place.weights.items():
             tensor.data.copy_(weights[name])  # .data: autograd takes no notice, as the graphs are renewed
         place.graphs.renew()
-        if place.half and not all(place.half.holds(float(kept.peak)) for kept in place.graphs.kept):
+        if place.route.half and not all(place.route.half.holds(float(kept.peak)) for kept in place.graphs.kept):
             return False
         for kept, batch in zip(place.graphs.kept[:1], place.objective.own_batches, strict=False):
             with torch.no_grad():
@@ -231,9 +232,10 @@ def _warm_up(make: Callable[[Piece], GradientGraph], piece: Piece) -> None:
 
 
 def _recorded_graph(
-    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, half: Half | None, piece: Piece
+    objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, way: Route, piece: Piece
 ) -> RenewedGraph:
     examples = replace(piece, batch=piece.batch.copy())
+    make, half = partial(differentiated, objective, weights, leaves, fused=way.fused, half=way.half), way.half
 
     def renew(batch: Batch) -> None:
         with recorder.stream():
@@ -241,10 +243,10 @@ def _recorded_graph(
             replay()
 
     with recorder.stream():
-        replay, found = recorder.record(lambda: differentiated(objective, weights, leaves, examples, half=half))
+        replay, found = recorder.record(lambda: make(examples))
     renew(piece.batch)
     products = Products(recorder, len(piece.batch.targets))
     if half is None:
         return RenewedGraph(*found[:3], products, renew)
-    exact = partial(graph, objective, weights, leaves, examples)
+    exact = partial(graph, objective, weights, leaves, examples, fused=way.fused)
     return RenewedGraph(*found[:3], products, renew, peak=found.peak, scale=half.scale, exact=exact)
