@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sharpscope.curvature import activation, layer_norm
 from sharpscope.curvature.smooth import smooth
 
 
@@ -69,6 +70,15 @@ def derivatives(net, x, v, on):
     return loss, *gradient, *torch.autograd.grad(gradient, weights, v)
 
 
+@pytest.fixture(params=["kept", "anew"])
+def way(request, monkeypatch):
+    """What products need of a call is kept, as on a CPU, or computed anew, as on a GPU without Triton."""
+    if request.param == "anew":
+        for module in (activation, layer_norm):
+            monkeypatch.setattr(module, "keeps", lambda _: False)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", MIDDLES)
 def test_hessian_products_are_those_of_autograd(name):
     torch.manual_seed(0)
@@ -89,6 +99,7 @@ def test_the_routes_are_taken(name):
     assert taken in ("_ActivationBackward", "_NormBackward")
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_by_the_input_and_of_weights_that_are_constant_are_right():
     norm = affine_norm().double().requires_grad_(False)
     x, g = (torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))

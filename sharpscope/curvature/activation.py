@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sharpscope.curvature.fusion import Fused, wide
+from sharpscope.curvature.fusion import Fused, keeps, wide
 from sharpscope.curvature.passes import leave, left, unheard
 
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -85,16 +85,12 @@ def _times(g: Tensor, first: Tensor, more: tuple[Tensor, ...] | None) -> Tensor:
 
 
 class _ActivationSlope(torch.autograd.Function):
-    """``g f'(x)``, for the node that f is; what is left to that is added.
-
-    On a GPU both derivatives are taken anew in each product, which costs no more than reading them; on a CPU they are
-    kept.
-    """
+    """``g f'(x)``, for the node that f is; what is left to that is added."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, node: Any, more: tuple[Tensor, ...] | None) -> Tensor:
         ctx.node = node
-        if x.is_cuda or x.dtype == torch.float16:
+        if not keeps(x):
             ctx.save_for_backward(g, x)
             return _slope(g, x, node.kind, more)
         node.first, second = _DERIVATIVES[node.kind](x)

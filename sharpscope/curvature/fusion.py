@@ -56,6 +56,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
+def keeps(x: Tensor) -> bool:
+    """Return whether a graph keeps what its products need of a call with that argument, or they compute it anew.
+
+    Anew takes one kernel on a GPU and no memory; on a CPU every call is a pass over memory of its own.
+    """
+    return not x.is_cuda and x.dtype != torch.float16
+
+
 def kernels(*tensors: Tensor) -> Any:
     """Return the module of Triton kernels if they take such tensors and triton is there."""
     if not all(tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16) for tensor in tensors):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sharpscope.curvature.fusion import Fused, kernels
+from sharpscope.curvature.fusion import Fused, keeps, kernels
 from sharpscope.curvature.passes import goes_on, leave, left, unheard
 
 
@@ -47,7 +47,7 @@ def _norm_slope(
     if (triton := kernels(g, x, weight)) and x.shape[-1] <= WIDEST:
         found: Tensor = triton.norm_slope(g, x, weight, mean, rate, more)
     else:
-        found = (_along if _keeps(g, x) else _fused_slopes)(g, x, weight, mean, rate)
+        found = (_along if keeps(g) else _fused_slopes)(g, x, weight, mean, rate)
         found = found if more is None else found.add_(*more)
     return found
 
@@ -60,11 +60,6 @@ def _norm_bend(c: Tensor, p: Tensor | None, q: Tensor | None, *known: Tensor) ->
         by_g, by_x = _fused_bends(c, p, q, *known)
         found = by_g.to(known[0].dtype), by_x
     return found
-
-
-def _keeps(g: Tensor, x: Tensor) -> bool:
-    """Return whether a graph keeps what its products need of a norm: on a CPU, where computing it takes longer."""
-    return not x.is_cuda and g.dtype == x.dtype
 
 
 def _along(u: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rate: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ class _NormSlope(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.node = node
-        if not _keeps(g, x):
+        if not keeps(g):
             ctx.save_for_backward(g, x, weight, mean, rate)
             return _norm_slope(g, x, weight, mean, rate, more), *_sums(g, x, mean, rate, wanted)
         slope = _norm_slope(g, x, weight, mean, rate, None)
