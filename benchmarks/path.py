@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--state", choices=STATES, default="trained")
+    parser.add_argument("--granularity", choices=("block", "tensor"), default="block")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
     parser.add_argument("--alphas", type=int, default=3, help="how many, from 0 in steps of a tenth or of --move")
@@ -113,7 +114,7 @@ def along(
     size, device = SIZES[chosen.size], torch.device(chosen.device)
     net = network(tower(size, "sdpa"), "the tower")
     path = Path(*({n: w[n].to(device) for n in net.parameters} for w in ends))
-    buffers, parted = {n: b.to(device) for n, b in net.buffers.items()}, layers(net.module)
+    buffers, parted = {n: b.to(device) for n, b in net.buffers.items()}, layers(net.module, chosen.granularity)
     x, y = (torch.cat(both).to(device) for both in zip(*images(size, count), strict=True))
     batches = {b: tuple(map(Batch, x.split(b), y.split(b))) for b in (batch, chosen.unit)}
     objective = Objective(net.forward, cross_entropy, batches[batch])
