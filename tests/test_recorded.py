@@ -84,7 +84,8 @@ class Mapped(nn.Module):
 def test_attention_as_torch_is_asked_for_it_takes_the_closed_form(how):
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
     with smooth():
-        assert type(F.scaled_dot_product_attention(q, q, q, **how).grad_fn).__name__ == "_AttentionBackward"
+        node = F.scaled_dot_product_attention(q, q, q, **how).grad_fn.next_functions[0][0]  # before a view
+    assert type(node).__name__ == "_AttentionBackward"
 
 
 @pytest.mark.parametrize("how", [{"is_causal": True}, {"attn_mask": torch.ones(3, 3, dtype=torch.bool)}])
@@ -196,7 +197,6 @@ def test_a_network_that_cannot_be_recorded_is_measured_all_the_same(monkeypatch)
     monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
     goal, weights = objective("cuda", torch.float64, Waiting)
     workspace = Workspace()
-    Point(goal, weights, tuple(weights), workspace=workspace)
     with pytest.warns(UserWarning, match="unrecorded"):
         point = Point(goal, weights, tuple(weights), workspace=workspace)
     v = tree.gaussian(weights, "v")
@@ -224,7 +224,7 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype, monkey
     net = Patched().to(dtype).eval()
     x, y = heads(96, 3, 8, 12, dtype=dtype), torch.arange(96) % 3
     of = network(net, "the network")
-    bound = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    bound = 1e-10 if dtype == torch.float64 else 2e-4
     of_device = {d: Objective(of.forward, cross_entropy, (Batch(x.to(d), y.to(d)),)) for d in ("cpu", "cuda")}
     workspace = Workspace()
     for step in (0.0, 0.1, 0.2):
@@ -242,7 +242,7 @@ def test_groups_on_a_gpu_have_the_products_that_they_have_on_a_cpu(dtype, monkey
             found.append([{n: t.cpu() for n, t in image.items()} for image in images])
         for mine, theirs in zip(*found, strict=True):
             for name, tensor in theirs.items():
-                torch.testing.assert_close(mine[name], tensor, **bound)
+                assert (mine[name] - tensor).norm() <= bound * tensor.norm()
     assert workspace._recorder.on
 
 

@@ -57,8 +57,8 @@ class Workspace:
 
     On a GPU where the device waits for the host a point's stays for the next ones, the second's where all data are one
     batch, else the first's: the gradient graph of every batch is recorded, with the products through it, and at another
-    point all is replayed on the same memory with new weights. A point is of no use any more once its workspace has served the next one. Elsewhere each point has a place
-    of its own.
+    point all is replayed on the same memory with new weights. A point is of no use any more once its workspace has
+    served the next one. Elsewhere each point has a place of its own.
 
     Parameters
     ----------
