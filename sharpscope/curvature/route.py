@@ -44,8 +44,10 @@ def route(make: Make, objective: Objective, leaves: Tree) -> Route:
     ways = [Route()]
     if _allows_half(leaves):
         ways.insert(0, Route(half=Half()))
-    trial = _Trial(make, Piece(objective.batches[0].split([LEAST if len(ways) > 1 else FEW])[0]), tuple(leaves))
-    return next(filter(trial.passes, ways), Route(fused=False))
+    batch = objective.batches[0]
+    room = -(-len(batch.targets) // objective.pieces)  # where memory is short
+    few = batch.split([min(LEAST if len(ways) > 1 else FEW, room)])[0]
+    return next(filter(_Trial(make, Piece(few), tuple(leaves)).passes, ways), Route(fused=False))
 
 
 def _allows_half(leaves: Tree) -> bool:
