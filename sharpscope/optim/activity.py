@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class Audit:
         c < 0 and ``active`` r > 0 too; ``mean_ratio`` over the active ones (0 if none); ``distance`` the norm of
         the deviation after the step, ``relative_distance`` over the norm of the anchor (NaN for anchor zero).
     sharpness
-        What was measured during training, one row per layer and measure; empty if nothing was.
+        What was measured during training, one row per layer and measure, NaN where the loss was no finite number; empty
+        if nothing was.
     """
 
     header: dict[str, Any]
@@ -69,8 +71,9 @@ def read_audit(path: str | Path) -> Audit:
     for line in lines:
         rows[line.pop("kind")].append(line)
     activity = pd.DataFrame(rows["activity"], columns=list(COLUMNS))
-    activity["relative_distance"] = activity["relative_distance"].astype(float)
-    return Audit(header, activity, pd.DataFrame(rows["sharpness"], columns=list(SHARPNESS)))
+    sharpness = pd.DataFrame(rows["sharpness"], columns=list(SHARPNESS))
+    unknown = {"distance": float, "relative_distance": float}  # null in the log, where there is no number
+    return Audit(header, activity.astype(unknown), sharpness.astype({"value": float, "stderr": float}))
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
@@ -91,6 +94,11 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     if not good:
         raise UsageError(f"{path} is no audit log of format {FORMAT}", "another path, or move it away")
     return header, lines, sum(map(len, whole))
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, None for what JSON has no number for: a diverged run is logged to its end."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def sentence(activity: pd.DataFrame) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from sharpscope._version import __version__
 from sharpscope.errors import UsageError
 from sharpscope.home import at_home
 from sharpscope.optim import projection, shards
-from sharpscope.optim.activity import FORMAT, read_audit, read_lines, sentence
+from sharpscope.optim.activity import FORMAT, finite, read_audit, read_lines, sentence
 from sharpscope.optim.chunk import Activity
 from sharpscope.optim.selective import SelectiveProjection
 
@@ -152,12 +151,7 @@ class AuditLog:
             found.append(shards.summed(torch.stack([moved, own]), [shards.groups(parameter)]).cpu())
         distance, size = torch.cat(found, dim=1).sum(1).sqrt().tolist()
         relative = distance / size if size else None
-        return {"distance": _finite(distance), "relative_distance": _finite(relative)}
-
-
-def _finite(value: float | None) -> float | None:
-    """Return the value, None for what JSON has no number for: a diverged run is logged to its end."""
-    return value if value is not None and math.isfinite(value) else None
+        return {"distance": finite(distance), "relative_distance": finite(relative)}
 
 
 def _counted(units: Iterable[Activity]) -> Line:
