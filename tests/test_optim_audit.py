@@ -180,6 +180,39 @@ def test_a_log_of_another_anchor_or_of_something_else_is_refused(tmp_path):
         AuditLog(tmp_path / "zero.jsonl", spd(network()), every=0)
 
 
+def test_a_log_that_is_moved_away_meanwhile_is_followed_by_another(tmp_path):
+    model, path = network(), tmp_path / "spd.jsonl"
+    optimizer = spd(model)
+    with audited(optimizer, path, every=2) as session:
+        train(model, optimizer, 2)
+        path.rename(tmp_path / "spd.1.jsonl")
+        train(model, optimizer, 2)
+    first, second = (read_audit(tmp_path / name) for name in ("spd.1.jsonl", "spd.jsonl"))
+    assert (set(first.activity["step"]), set(second.activity["step"])) == ({2}, {4})
+    assert first.header == second.header
+    assert "held back" in session.summary or "inactive" in session.summary
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 1, "anch', "has not one whole line"),
+        ('{"format": 1}\n{"kind": "activity"}\n', "no audit log of format 1"),
+    ],
+)
+def test_a_damaged_log_is_refused_in_words(tmp_path, text, said):
+    (tmp_path / "spd.jsonl").write_text(text)
+    for reading in (read_audit, lambda path: AuditLog(path, spd(network()))):
+        with pytest.raises(UsageError, match=said):
+            reading(tmp_path / "spd.jsonl")
+
+
+def test_a_folder_is_no_log(tmp_path):
+    for reading in (read_audit, lambda path: AuditLog(path, spd(network()))):
+        with pytest.raises(UsageError, match=r"cannot be read \(.*Is a directory"):
+            reading(tmp_path)
+
+
 def test_an_empty_log_has_its_columns_and_a_sentence(tmp_path):
     AuditLog(tmp_path / "spd.jsonl", spd(network()))
     log = read_audit(tmp_path / "spd.jsonl")

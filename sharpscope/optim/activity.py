@@ -84,16 +84,25 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     UsageError
         If the file is no audit log of this format.
     """
-    parts = path.read_bytes().splitlines(keepends=True)
+    try:
+        parts = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error})", "the file that training wrote") from error
     whole = parts[:-1] if parts and not parts[-1].endswith(b"\n") else parts
+    if not whole:
+        raise UsageError(f"{path} is no audit log: it has not one whole line", "another path, or move it away")
     try:
         header, *lines = [json.loads(part) for part in whole]
-        good = header["format"] == FORMAT and all(line["kind"] in ("activity", "sharpness") for line in lines)
+        good = header["format"] == FORMAT and all(_is_line(line) for line in lines)
     except (ValueError, KeyError, TypeError) as damage:
         raise UsageError(f"{path} is not a readable audit log ({damage})", "another path, or move it away") from damage
     if not good:
         raise UsageError(f"{path} is no audit log of format {FORMAT}", "another path, or move it away")
     return header, lines, sum(map(len, whole))
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    return line["kind"] in ("activity", "sharpness") and {"step", "layer"} <= line.keys()
 
 
 def finite(value: float | None) -> float | None:

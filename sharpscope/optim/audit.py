@@ -66,7 +66,7 @@ class AuditLog:
         header = self.header()
         if not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(header) + "\n")
+            self._write([header])
             return
         old, lines, _ = read_lines(self.path)
         for key in _SAME:
@@ -75,9 +75,12 @@ class AuditLog:
                     f"{self.path} is the log of another run: {key} is {old.get(key)!r} there, {header[key]!r} now",
                     "another path, or move the file away",
                 )
+        self._write([old, *(line for line in lines if line["step"] <= step)])
+
+    def _write(self, lines: Iterable[Line]) -> None:
+        """Write the file, whole or not at all."""
         beside = self.path.with_name(self.path.name + ".part")
-        kept = [line for line in lines if line["step"] <= step]
-        beside.write_text("".join(json.dumps(line) + "\n" for line in (old, *kept)))
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         beside.replace(self.path)
 
     def header(self) -> Line:
@@ -112,6 +115,8 @@ class AuditLog:
         """Write lines and make sure that they are on disk."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         if self._writes and text:
+            if not self.path.exists():  # moved away meanwhile: what follows is a log of its own
+                self._write([self.header()])
             with self.path.open("a") as file:
                 file.write(text)
                 file.flush()
