@@ -175,12 +175,14 @@ def _targets(results: Sequence[ScanResult], at: float) -> Columns:
         )
 
     def mean(found: Mapping[str, float]) -> float:
-        return float(np.mean([found[split] for split in sorted(common)]))
+        # Means of the same accuracies in another order tie.
+        return round(float(np.mean([found[split] for split in sorted(common)])), 12)
 
     targets = {"OOD accuracy": np.array([mean(found) for found in here])}
     start = [accuracy(result, 0.0) for result in results]
     if at != 0 and all(common <= set(found) for found in start):
-        targets["gain over zero-shot"] = targets["OOD accuracy"] - np.array([mean(found) for found in start])
+        gain = targets["OOD accuracy"] - np.array([mean(found) for found in start])
+        targets["gain over zero-shot"] = gain.round(12)
     return targets
 
 
