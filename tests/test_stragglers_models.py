@@ -97,10 +97,11 @@ def test_p_values_of_few_models_are_exact(count):
 def test_the_order_at_hand_counts_among_its_permutations_whatever_the_statistic():
     """So that no p-value of five models lies below one in 120."""
     random = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(20):
         target = (30_000 + random.integers(0, 300, 5)) / 90_001  # accuracies within a third of a point
+        near = target + 1e-5 * random.standard_normal((4, 5))  # the order at hand is the one of most correlation
         for statistic in ORACLES:
-            test = Cohort(np.log(random.random((4, 5))), target, np.zeros((0, 5)), statistic, 0)
+            test = Cohort(near, target, np.zeros((0, 5)), statistic, 0)
             assert (np.mean(np.abs(test.chance()) >= np.abs(test.observed())[:, None], axis=1) >= 1 / 120).all()
 
 
