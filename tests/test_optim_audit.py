@@ -250,7 +250,7 @@ class Root(nn.Linear):
 
 
 def test_weights_without_a_finite_loss_or_gradient_are_said_to_have_no_sharpness():
-    with pytest.raises(MeasurementError, match="the gradient by 'weight' holds NaN"):
+    with pytest.raises(MeasurementError, match="the gradient by 'weight' at the present weights holds NaN"):
         SharpnessProbe(batches())(Root(5, 3), Partition({"all": ("weight", "bias")}))
     model = network()
     model[0].weight.data.fill_(math.nan)

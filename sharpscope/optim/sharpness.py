@@ -20,7 +20,7 @@ from sharpscope.errors import DataError, MeasurementError, ModelError
 from sharpscope.evaluate import class_count
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
-from sharpscope.objective import Batch, Objective, check_finite, unfused
+from sharpscope.objective import Batch, Objective, check_finite, check_finite_gradient, unfused
 from sharpscope.optim.activity import finite
 from sharpscope.optim.anchor import plain_name
 from sharpscope.optim.projection import widened
@@ -132,8 +132,7 @@ class SharpnessProbe:
         with self._measured(module) as (objective, weights):
             point = Point(objective, weights, names.names)
             check_finite(point.loss, "the present weights")
-            if bad := next((name for name, slope in point.gradient.items() if not slope.isfinite().all()), None):
-                raise MeasurementError(f"the gradient by {bad!r} holds NaN or infinities", "a smaller learning rate")
+            check_finite_gradient(point.gradient, "the present weights")
             return list(self._measure(point, names, self._seed))
 
     @contextmanager
