@@ -19,7 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from sharpscope.data import Split
-from sharpscope.errors import DataError, MeasurementError, UsageError
+from sharpscope.errors import DataError, MeasurementError, MismatchError, UsageError
+from sharpscope.models.installed import first_line
+from sharpscope.models.weight_files import UNREADABLE
 from sharpscope.network import logits
 from sharpscope.optim.anchor import checked_patterns, excluded
 from sharpscope.optim.baselines import SAM
@@ -134,7 +136,9 @@ def finetune(
     Raises
     ------
     UsageError
-        If the checkpoint is of another schedule or other data.
+        If the checkpoint is of another schedule or other data, or none.
+    MismatchError
+        If it is of another model or optimiser.
     MeasurementError
         If the loss is no finite number.
     """
@@ -197,11 +201,29 @@ def _resumed(path: str | Path | None, module: nn.Module, optimizer: Optimizer, s
     if path is None or not Path(path).exists():
         torch.manual_seed(schedule.seed)
         return 0
-    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    found = _read(path)
     for what, mine in (("schedule", asdict(schedule)), ("data", data)):
         if found[what] != mine:
             raise UsageError(f"{path} is the checkpoint of another run: the {what} differs", "another checkpoint=...")
-    optimizer.load_state_dict(found["optimizer"])
-    module.load_state_dict(found["module"])
+    try:
+        optimizer.load_state_dict(found["optimizer"])
+        module.load_state_dict(found["module"])
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"{path} is the checkpoint of another model or optimiser: {first_line(error)}", "another checkpoint=..."
+        ) from error
     torch.set_rng_state(found["random"])
     return int(found["step"])
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Return what :func:`_save` wrote; ``UsageError`` if it is something else, or damaged."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        if not {"step", "schedule", "data", "module", "optimizer", "random"} <= found.keys():
+            raise KeyError("step, schedule, data, module, optimizer or random is missing")
+    except (*UNREADABLE, AttributeError) as error:
+        raise UsageError(
+            f"{path} is no checkpoint of finetune: {first_line(error)}", "another checkpoint=..., or move it away"
+        ) from error
+    return dict(found)
