@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from sharpscope.data import Split
 from sharpscope.errors import DataError, MeasurementError, MismatchError, UsageError
+from sharpscope.home import at_home
 from sharpscope.models.installed import first_line
 from sharpscope.models.weight_files import UNREADABLE
 from sharpscope.network import logits
@@ -143,7 +144,8 @@ def finetune(
         If the loss is no finite number.
     """
     inputs, targets = _in_memory(data)
-    start = _resumed(checkpoint, module, optimizer, schedule, data.fingerprint)
+    place = None if checkpoint is None else at_home(checkpoint)
+    start = _resumed(place, module, optimizer, schedule, data.fingerprint)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     device = next(module.parameters()).device
     for step in range(start, schedule.steps):
@@ -154,8 +156,8 @@ def finetune(
         loss = _step(module, optimizer, schedule.clip, x, y)
         if not math.isfinite(loss):
             raise MeasurementError(f"the loss at step {step} is {loss}", "a smaller learning rate, or clip=1.0")
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
-            _save(Path(checkpoint), module, optimizer, schedule, data.fingerprint, step + 1)
+        if place is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
+            _save(place, module, optimizer, schedule, data.fingerprint, step + 1)
         yield Progress(step + 1, loss)
 
 
@@ -196,9 +198,9 @@ def _save(path: Path, module: nn.Module, optimizer: Optimizer, schedule: Schedul
     beside.replace(path)
 
 
-def _resumed(path: str | Path | None, module: nn.Module, optimizer: Optimizer, schedule: Schedule, data: str) -> int:
+def _resumed(path: Path | None, module: nn.Module, optimizer: Optimizer, schedule: Schedule, data: str) -> int:
     """Return the number of steps made; with a checkpoint put module, optimiser and generator where they were."""
-    if path is None or not Path(path).exists():
+    if path is None or not path.exists():
         torch.manual_seed(schedule.seed)
         return 0
     found = _read(path)
@@ -216,7 +218,7 @@ def _resumed(path: str | Path | None, module: nn.Module, optimizer: Optimizer, s
     return int(found["step"])
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """Return what :func:`_save` wrote; ``UsageError`` if it is something else, or damaged."""
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
