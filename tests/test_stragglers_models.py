@@ -105,6 +105,12 @@ def test_the_order_at_hand_counts_among_its_permutations_whatever_the_statistic(
             assert (np.mean(np.abs(test.chance()) >= np.abs(test.observed())[:, None], axis=1) >= 1 / 120).all()
 
 
+def test_any_iterable_of_results_will_do():
+    results = cohort(6)
+    tables = [sharpscope.across_models(found, at=1.0, measure="trace") for found in (results, iter(results))]
+    pd.testing.assert_frame_equal(*tables)
+
+
 def test_models_with_the_same_accuracies_on_other_sets_tie():
     sets = {"x": (0.1, 0.3, 0.2, 0.4, 0.5), "y": (0.2, 0.2, 0.3, 0.4, 0.6), "z": (0.3, 0.1, 0.1, 0.4, 0.7)}
     results = [
@@ -236,6 +242,7 @@ BAD = {
         {},
         r"model 5 \(h\) and model 7 \(h\) have the same fine-tuned weights",
     ),
+    "folders": (lambda: ["runs/a"] * 5, {}, "'runs/a' is a str, no result of a scan\n  fix: .sharpscope.open"),
     "four models": (lambda: cohort(4), {}, "4 models are too few to correlate over"),
     "alpha": (
         lambda: cohort(5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ Columns = dict[str, Array]
 
 
 def across_models(
-    results: Sequence[ScanResult],
+    results: Iterable[ScanResult],
     *,
     at: float,
     measure: str,
@@ -75,6 +75,8 @@ def across_models(
     """
     check(statistic)
     _check_alpha(at)
+    results = list(results)
+    _refuse_others(results)
     _refuse_few(results)
     _refuse_twice(results)
     predictors, layers = _predictors(results, at, measure)
@@ -94,6 +96,14 @@ def across_models(
 def _check_alpha(at: Any) -> None:
     if isinstance(at, bool) or not isinstance(at, Real):
         raise UsageError(f"at={at!r}: needs an alpha, a number", "one that every model was scanned at: at=1.0")
+
+
+def _refuse_others(results: Sequence[Any]) -> None:
+    if others := [found for found in results if not hasattr(found, "meta")]:
+        raise UsageError(
+            f"{others[0]!r} is a {type(others[0]).__name__}, no result of a scan",
+            "[sharpscope.open(FOLDER) for FOLDER in ...]",
+        )
 
 
 def _refuse_few(results: Sequence[ScanResult]) -> None:
