@@ -19,7 +19,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from sharpscope.data import Split
-from sharpscope.errors import DataError, MeasurementError, UsageError
+from sharpscope.errors import DataError, MeasurementError, MismatchError, UsageError
+from sharpscope.home import at_home
+from sharpscope.models.installed import first_line
+from sharpscope.models.weight_files import UNREADABLE
 from sharpscope.network import logits
 from sharpscope.optim.anchor import checked_patterns, excluded
 from sharpscope.optim.baselines import SAM
@@ -134,12 +137,15 @@ def finetune(
     Raises
     ------
     UsageError
-        If the checkpoint is of another schedule or other data.
+        If the checkpoint is of another schedule or other data, or none.
+    MismatchError
+        If it is of another model or optimiser.
     MeasurementError
         If the loss is no finite number.
     """
     inputs, targets = _in_memory(data)
-    start = _resumed(checkpoint, module, optimizer, schedule, data.fingerprint)
+    place = None if checkpoint is None else at_home(checkpoint)
+    start = _resumed(place, module, optimizer, schedule, data.fingerprint)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     device = next(module.parameters()).device
     for step in range(start, schedule.steps):
@@ -150,8 +156,8 @@ def finetune(
         loss = _step(module, optimizer, schedule.clip, x, y)
         if not math.isfinite(loss):
             raise MeasurementError(f"the loss at step {step} is {loss}", "a smaller learning rate, or clip=1.0")
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
-            _save(Path(checkpoint), module, optimizer, schedule, data.fingerprint, step + 1)
+        if place is not None and ((step + 1) % every == 0 or step + 1 == schedule.steps):
+            _save(place, module, optimizer, schedule, data.fingerprint, step + 1)
         yield Progress(step + 1, loss)
 
 
@@ -192,16 +198,34 @@ def _save(path: Path, module: nn.Module, optimizer: Optimizer, schedule: Schedul
     beside.replace(path)
 
 
-def _resumed(path: str | Path | None, module: nn.Module, optimizer: Optimizer, schedule: Schedule, data: str) -> int:
+def _resumed(path: Path | None, module: nn.Module, optimizer: Optimizer, schedule: Schedule, data: str) -> int:
     """Return the number of steps made; with a checkpoint put module, optimiser and generator where they were."""
-    if path is None or not Path(path).exists():
+    if path is None or not path.exists():
         torch.manual_seed(schedule.seed)
         return 0
-    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    found = _read(path)
     for what, mine in (("schedule", asdict(schedule)), ("data", data)):
         if found[what] != mine:
             raise UsageError(f"{path} is the checkpoint of another run: the {what} differs", "another checkpoint=...")
-    optimizer.load_state_dict(found["optimizer"])
-    module.load_state_dict(found["module"])
+    try:
+        optimizer.load_state_dict(found["optimizer"])
+        module.load_state_dict(found["module"])
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"{path} is the checkpoint of another model or optimiser: {first_line(error)}", "another checkpoint=..."
+        ) from error
     torch.set_rng_state(found["random"])
     return int(found["step"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what :func:`_save` wrote; ``UsageError`` if it is something else, or damaged."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        if not {"step", "schedule", "data", "module", "optimizer", "random"} <= found.keys():
+            raise KeyError("step, schedule, data, module, optimizer or random is missing")
+    except (*UNREADABLE, AttributeError) as error:
+        raise UsageError(
+            f"{path} is no checkpoint of finetune: {first_line(error)}", "another checkpoint=..., or move it away"
+        ) from error
+    return dict(found)

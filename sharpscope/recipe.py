@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
 
 from sharpscope.errors import UsageError
 
@@ -25,7 +27,7 @@ class Recipe:
     Raises
     ------
     UsageError
-        If the last pattern is not ``"*"``, or an alpha is not a finite number.
+        If the last pattern is not ``"*"``, a rule is no pair, or an alpha is not a finite number.
 
     Examples
     --------
@@ -36,12 +38,10 @@ class Recipe:
     rules: tuple[tuple[str, float], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
         if not self.rules or self.rules[-1][0] != "*":
             last = self.rules[-1][0] if self.rules else None
             raise UsageError(f"the recipe's last pattern is {last!r}", "end with '*', the alpha of all other layers")
-        for pattern, alpha in self.rules:
-            if not math.isfinite(alpha):
-                raise UsageError(f"the recipe gives {pattern!r} the alpha {alpha}", "use a finite number")
 
     @classmethod
     def uniform(cls, alpha: float) -> Recipe:
@@ -51,3 +51,13 @@ class Recipe:
     def alphas(self, layers: Iterable[str]) -> dict[str, float]:
         """Return layer id -> alpha."""
         return {layer: next(a for pattern, a in self.rules if fnmatchcase(layer, pattern)) for layer in layers}
+
+
+def _rule(rule: Any) -> tuple[str, float]:
+    """Return a rule with its alpha as Python's own number, which can be written: those of numpy are taken too."""
+    if not isinstance(rule, Sequence) or len(rule) != 2 or not isinstance(rule[0], str):
+        raise UsageError(f"rule {rule!r} of the recipe is no pair of a pattern and an alpha", "('visual.*', 0.5)")
+    pattern, alpha = rule
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha):
+        raise UsageError(f"the recipe gives {pattern!r} the alpha {alpha!r}", "use a finite number")
+    return pattern, float(alpha)

@@ -388,12 +388,19 @@ class Pole(nn.Module):
         return self.body(x.flatten(1)) * (1 + self.scale**2) + 0 / self.scale
 
 
-def poles(**settings):
+class Root(Pole):
+    """The same with a loss that is finite there, and a gradient that is not."""
+
+    def forward(self, x):
+        return self.body(x.flatten(1)) * (1 + self.scale.abs().sqrt())
+
+
+def poles(kind=Pole, **settings):
     from test_scan import loader
 
     measures = ["trace", "lambda_max"]
     found = {"alphas": 5, "measures": measures, "progress": False, "ood": {"far": loader(9)}} | settings
-    return sharpscope.scan(Pole(-1).eval(), Pole(1).eval(), loader(), **found)
+    return sharpscope.scan(kind(-1).eval(), kind(1).eval(), loader(), **found)
 
 
 def test_an_alpha_without_numbers_costs_none_of_the_others(tmp_path):
@@ -412,6 +419,15 @@ def test_an_alpha_without_numbers_costs_none_of_the_others(tmp_path):
     found = {cell.key: cell for cell in cells}
     for cell in alone.cells:
         assert found[cell.key] == cell or "lambda_max" in cell.key
+
+
+@pytest.mark.parametrize("measure", ["trace", "lambda_max"])
+def test_an_alpha_without_a_gradient_costs_none_of_the_others(tmp_path, measure):
+    message = r"gradient by 'scale' at alpha 0\.5 on 'id' holds NaN or infinities; 1 of 5 alphas \(0\.5\) could not be"
+    with pytest.raises(MeasurementError, match=message):
+        poles(Root, measures=[measure], out=tmp_path)
+    _, cells, _ = journal.read(tmp_path / "cells.jsonl")
+    assert {cell.key for cell in cells if measure in cell.key} == {f"{a}|id|{measure}" for a in (0.0, 0.25, 0.75, 1.0)}
 
 
 def test_without_a_single_number_nothing_is_said_to_be_kept():

@@ -68,6 +68,8 @@ def finding(result, **rule):
         ({"split": "idd"}, r"rule 'r': 'idd' is no split of this scan\n  fix: did you mean 'id'\?"),
         ({"model": "candidate", "keep_id": math.nan}, "rule 'r': keep_id is nan: points of ID accuracy to give up"),
         ({"model": "alpha 0.3"}, r"'alpha 0.3' was not scanned; alphas: 0, 1\n  fix: nearest: 'alpha 0'"),
+        ({"model": "alpha nan"}, "'alpha nan' is no model"),
+        ({"versus": "alpha nan"}, "'alpha nan' is no model"),
         ({"severity": "warning"}, r"'severity': input should be 'error' or 'warn', found 'warning'"),
         ({"min_change": "much"}, r"'min_change': input should be a valid number.*found 'much'"),
         ({"min_change": math.nan}, "accuracy has a limit that is nan\n  fix: a finite number"),

@@ -18,6 +18,7 @@ from sharpscope import config
 from sharpscope.classnames import read_label_names
 from sharpscope.cli import app
 from sharpscope.errors import UsageError
+from sharpscope.finetune import Schedule, finetune
 from sharpscope.models import read_templates
 from sharpscope.models.reference import parsed
 from sharpscope.optim import AuditLog, audited
@@ -117,6 +118,17 @@ def test_a_training_is_logged_at_home(home):
     AuditLog("~/own.jsonl", optimizer)
     assert (home / "logs" / "spd.jsonl").is_file()
     assert (home / "own.jsonl").is_file()
+
+
+def test_a_training_is_resumed_at_home(home):
+    data = ss.Split([(torch.randn(6, 3), torch.arange(6) % 2)], "id")
+    steps = []
+    for _ in range(2):  # the second finds the first done
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        steps.append(len(list(finetune(model, data, optimizer, Schedule(2, batch_size=3), checkpoint="~/run.pt"))))
+    assert steps == [2, 0]
+    assert (home / "run.pt").is_file()
 
 
 @pytest.mark.parametrize("place", ["~no-such-user/model", "~no-such-user"])

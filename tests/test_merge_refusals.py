@@ -295,7 +295,8 @@ def test_a_file_gets_the_format_of_its_source(ends, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said(ends, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file" / "m.safetensors", Path("/proc/sharpscope/m.safetensors")):
+    too_long = tmp_path / f"{'m' * 250}.safetensors"
+    for place in (tmp_path / "file" / "m.safetensors", Path("/proc/sharpscope/m.safetensors"), too_long):
         with pytest.raises(SharpscopeError, match=r"cannot be written to .*\n  fix: choose another --out"):
             merge(*ends, 0.5, place)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sharpscope.curvature.trace import Trace
-from sharpscope.errors import DataError, ModelError, UsageError
+from sharpscope.errors import DataError, MeasurementError, ModelError, UsageError
 from sharpscope.optim import SAM, SGDSPD, AdamSPD, AuditLog, audited, read_audit, sentence
 from sharpscope.optim.sharpness import SharpnessProbe
 from sharpscope.partition import Partition, layers
@@ -180,6 +180,39 @@ def test_a_log_of_another_anchor_or_of_something_else_is_refused(tmp_path):
         AuditLog(tmp_path / "zero.jsonl", spd(network()), every=0)
 
 
+def test_a_log_that_is_moved_away_meanwhile_is_followed_by_another(tmp_path):
+    model, path = network(), tmp_path / "spd.jsonl"
+    optimizer = spd(model)
+    with audited(optimizer, path, every=2) as session:
+        train(model, optimizer, 2)
+        path.rename(tmp_path / "spd.1.jsonl")
+        train(model, optimizer, 2)
+    first, second = (read_audit(tmp_path / name) for name in ("spd.1.jsonl", "spd.jsonl"))
+    assert (set(first.activity["step"]), set(second.activity["step"])) == ({2}, {4})
+    assert first.header == second.header
+    assert "held back" in session.summary or "inactive" in session.summary
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 1, "anch', "has not one whole line"),
+        ('{"format": 1}\n{"kind": "activity"}\n', "no audit log of format 1"),
+    ],
+)
+def test_a_damaged_log_is_refused_in_words(tmp_path, text, said):
+    (tmp_path / "spd.jsonl").write_text(text)
+    for reading in (read_audit, lambda path: AuditLog(path, spd(network()))):
+        with pytest.raises(UsageError, match=said):
+            reading(tmp_path / "spd.jsonl")
+
+
+def test_a_folder_is_no_log(tmp_path):
+    for reading in (read_audit, lambda path: AuditLog(path, spd(network()))):
+        with pytest.raises(UsageError, match=r"cannot be read \(.*Is a directory"):
+            reading(tmp_path)
+
+
 def test_an_empty_log_has_its_columns_and_a_sentence(tmp_path):
     AuditLog(tmp_path / "spd.jsonl", spd(network()))
     log = read_audit(tmp_path / "spd.jsonl")
@@ -195,6 +228,34 @@ def test_a_diverged_run_is_logged_to_its_end(tmp_path):
         model[0].weight.data.fill_(float("nan"))
         train(model, optimizer, 1)
     assert math.isnan(read_audit(tmp_path / "spd.jsonl").activity["distance"].iloc[-3])
+
+
+def test_a_diverged_run_with_sharpness_is_logged_to_its_end(tmp_path):
+    model = network()
+    optimizer = spd(model)
+    with audited(optimizer, tmp_path / "spd.jsonl", every=1, model=model, batches=batches()) as session:
+        train(model, optimizer, 1)
+        model[0].weight.data.fill_(math.nan)
+        train(model, optimizer, 1)
+    found = read_audit(tmp_path / "spd.jsonl").sharpness.set_index("step")
+    assert found.loc[1, "value"].notna().all()
+    assert found.loc[2, "value"].isna().all()
+    assert not found.loc[2, "converged"].any()
+    assert session.summary
+
+
+class Root(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (self.weight.sum() * 0).sqrt()  # its gradient is no number
+
+
+def test_weights_without_a_finite_loss_or_gradient_are_said_to_have_no_sharpness():
+    with pytest.raises(MeasurementError, match="the gradient by 'weight' at the present weights holds NaN"):
+        SharpnessProbe(batches())(Root(5, 3), Partition({"all": ("weight", "bias")}))
+    model = network()
+    model[0].weight.data.fill_(math.nan)
+    with pytest.raises(MeasurementError, match="the loss at the present weights is nan"):
+        SharpnessProbe(batches())(model, layers(model))
 
 
 def test_recording_changes_no_weight(tmp_path):
@@ -354,6 +415,29 @@ def test_ignored_labels_and_a_forward_that_knows_its_batch_are_measured_on():
     probe, net = SharpnessProbe(data, quick), Whole(5, 3)
     probe.check(net)
     assert probe(net, layers(net))
+
+
+def test_the_mean_is_over_the_labels_that_count():
+    model, (x, y) = network(), (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    some = y.clone()
+    some[[0, 3, 4]] = -100
+    found, expected = (
+        [one.value for _, one in SharpnessProbe([data], Trace(most=4))(model, layers(model))]
+        for data in ((x, some), (x[some >= 0], y[some >= 0]))
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(DataError, match="no example"):
+        SharpnessProbe([(x, torch.full_like(y, -100))])
+
+
+def test_the_layers_of_a_wrapper_are_those_of_the_model_within():
+    model = network()
+    wrapped = torch.compile(model, backend="eager")
+    found, expected = (
+        [one.value for _, one in SharpnessProbe(batches(), quick)(model, layers(m))] for m in (wrapped, model)
+    )
+    assert found == expected
+    assert [one.value for _, one in SharpnessProbe(batches(), quick)(wrapped, layers(wrapped))] == expected
 
 
 class Checkpointed(nn.Module):

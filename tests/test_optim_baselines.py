@@ -112,6 +112,28 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     assert optimizer.state_dict()["param_groups"][0]["lr"] == lr
 
 
+def test_a_step_of_sam_that_is_interrupted_leaves_the_weights_as_they_were():
+    model, before = network(), network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), 0.1))
+    calls = []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        model(inputs(0)).square().sum().backward()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert same(model, before)
+
+
+def test_a_step_of_sam_without_gradients_does_nothing_as_with_torch():
+    model = network().requires_grad_(False)
+    assert SAM(torch.optim.SGD(model.parameters(), 0.1)).step(lambda: 1.0) == 1.0
+    assert same(model, network())
+
+
 def test_probing_trains_the_head_alone_and_puts_everything_back():
     model = network()
     model[0].bias.requires_grad_(False)

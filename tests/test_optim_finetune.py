@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sharpscope.data import Split
-from sharpscope.errors import MeasurementError, UsageError
+from sharpscope.errors import MeasurementError, MismatchError, UsageError
 from sharpscope.finetune import Schedule, finetune, trained
 from sharpscope.optim import SAM, AdamSPD
 
@@ -63,6 +63,38 @@ def test_a_checkpoint_of_another_schedule_or_other_data_is_refused(tmp_path):
         list(finetune(model, data(), spd(model), Schedule(4), checkpoint=path))
     with pytest.raises(UsageError, match="another run: the data differs"):
         list(finetune(model, data(1), spd(model), Schedule(3), checkpoint=path))
+
+
+def spoiled(path, kind):
+    """Make something else of a checkpoint."""
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        torch.save({"weights": network().state_dict(), "list": [1], "module": network()}[kind], path)
+
+
+@pytest.mark.parametrize("kind", ["torn", "empty", "folder", "weights", "list", "module"])
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(tmp_path, kind):
+    model, path = network(), tmp_path / "run.pt"
+    list(finetune(model, data(), spd(model), Schedule(3), checkpoint=path))
+    spoiled(path, kind)
+    with pytest.raises(UsageError, match=r"run\.pt is no checkpoint of finetune: .+"):
+        list(finetune(model, data(), spd(model), Schedule(3), checkpoint=path))
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_model_stays(tmp_path):
+    model, path = network(), tmp_path / "run.pt"
+    list(finetune(model, data(), torch.optim.AdamW(model.parameters()), Schedule(3), checkpoint=path))
+    other = nn.Linear(6, 3)
+    before = weights(other).clone()
+    with pytest.raises(MismatchError, match=r"run\.pt is the checkpoint of another model or optimiser"):
+        list(finetune(other, data(), torch.optim.AdamW(other.parameters()), Schedule(3), checkpoint=path))
+    assert torch.equal(weights(other), before)
 
 
 def test_frozen_parameters_keep_their_bits():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.optim import SGDSPD, AdamSPD
+from sharpscope.optim import SGDSPD, AdamSPD, selective
 
 SHAPES = {"stem.weight": (4, 3), "stem.bias": (4,), "body.weight": (2, 4), "body.scale": ()}
 
@@ -333,6 +333,28 @@ def test_a_tensor_without_gradient_is_left_alone_and_counts_nothing():
         optimizer.step()
     assert torch.equal(weights["body.scale"].detach(), still)
     assert {one.unit for one in optimizer.activity()} == SHAPES.keys() - {"body.scale"}
+
+
+@pytest.mark.parametrize("change", ["state", "group", "skips"])
+def test_no_decision_is_lost_where_state_groups_or_the_tensors_with_gradients_change(monkeypatch, change):
+    monkeypatch.setattr(selective, "PLANS", 1)
+    weights = parameters()
+    optimizer = AdamSPD(weights.items(), 0.3, anchor="init")
+    optimizer.record()
+    for step, gradient in enumerate(gradients(6)):
+        for name in SHAPES:
+            weights[name].grad = torch.tensor(gradient[name])
+        if change == "skips" and step % 2:
+            weights["body.scale"].grad = None
+        optimizer.step()
+        if change == "state" and step == 2:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if change == "group" and step == 2:
+            optimizer.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(2)))]})
+    made = {one.unit: one.decisions for one in optimizer.activity()}
+    assert made == dict.fromkeys(SHAPES, 6) | ({"body.scale": 3} if change == "skips" else {})
+    assert len(optimizer._plans) == 1
+    assert optimizer.activity() == []
 
 
 def test_every_group_has_its_own_lambda():

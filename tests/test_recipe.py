@@ -1,5 +1,6 @@
 """Recipes: layer patterns to alphas."""
 
+import numpy as np
 import pytest
 
 from sharpscope.errors import UsageError
@@ -31,3 +32,21 @@ def test_a_recipe_without_a_last_star_is_refused(rules):
 def test_an_alpha_that_is_no_number_is_refused():
     with pytest.raises(UsageError, match="'head' the alpha nan"):
         Recipe((("head", float("nan")), ("*", 1.0)))
+
+
+@pytest.mark.parametrize("alpha", ["0.5", None, True, {"*": 0.5}, float("inf")])
+def test_an_alpha_of_another_kind_is_refused(alpha):
+    with pytest.raises(UsageError, match="gives '\\*' the alpha"):
+        Recipe.uniform(alpha)
+
+
+@pytest.mark.parametrize("rule", ["*", (1, 0.5), ("*", 0.5, 1)])
+def test_a_rule_that_is_no_pair_is_refused(rule):
+    with pytest.raises(UsageError, match="no pair of a pattern and an alpha"):
+        Recipe((rule, ("*", 0.5)))
+
+
+def test_numbers_of_numpy_and_lists_are_taken():
+    recipe = Recipe([["head", np.float32(0.25)], ["*", 1]])
+    assert recipe == Recipe((("head", 0.25), ("*", 1.0)))
+    assert all(type(alpha) is float for _, alpha in recipe.rules)

@@ -313,6 +313,12 @@ def test_the_mean_is_over_the_same_sets_at_every_alpha():
     assert ood_error(evals, ["x", "y"]).to_dict() == {0.0: pytest.approx(0.6)}
 
 
+def test_the_same_accuracies_on_other_sets_are_the_same_error():
+    found = [(0.0, "x", 0.1), (0.0, "y", 0.2), (0.0, "z", 0.3), (1.0, "x", 0.3), (1.0, "y", 0.2), (1.0, "z", 0.1)]
+    evals = frame(Row(alpha, "model", split, "accuracy", value, 0.0, 9, True) for alpha, split, value in found)
+    assert ood_error(evals, ("x", "y", "z")).nunique() == 1
+
+
 def test_a_layer_that_follows_a_single_valley_co_moves_and_is_not_called_more():
     found = planted().stragglers
     assert (found["layer"].iloc[0], found["verdict"].iloc[0]) == (STRAGGLER, "co-moves")

@@ -24,7 +24,7 @@ def model(sharpness, accuracy, *, distance=1.0, start=0.5, loss=0.3, alphas=(0.0
         rows = [Row(alpha, layer, "id", "trace", float(v), 0.01, 4, True) for layer, v in sharpness.items()]
         cells.append(Cell(cell_key(alpha, "id", "trace"), tuple(rows)))
         for split in ("id", *ood):
-            value = start if alpha == 0 else accuracy
+            value = start if alpha == 0 else accuracy[split] if isinstance(accuracy, dict) else accuracy
             rows = [
                 Row(alpha, "model", split, key, v, 0.0, 9, True) for key, v in (("accuracy", value), ("loss", loss))
             ]
@@ -92,6 +92,39 @@ def test_p_values_of_few_models_are_exact(count):
     exact = stats.kendalltau(sharpness, accuracy, method="exact")
     assert table.loc["a", "tau"] == pytest.approx(exact.statistic)
     assert table.loc["a", "p"] == pytest.approx(exact.pvalue)
+
+
+def test_the_order_at_hand_counts_among_its_permutations_whatever_the_statistic():
+    """So that no p-value of five models lies below one in 120."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        target = (30_000 + random.integers(0, 300, 5)) / 90_001  # accuracies within a third of a point
+        near = target + 1e-5 * random.standard_normal((4, 5))  # the order at hand is the one of most correlation
+        for statistic in ORACLES:
+            test = Cohort(near, target, np.zeros((0, 5)), statistic, 0)
+            assert (np.mean(np.abs(test.chance()) >= np.abs(test.observed())[:, None], axis=1) >= 1 / 120).all()
+
+
+def test_any_iterable_of_results_will_do():
+    results = cohort(6)
+    tables = [sharpscope.across_models(found, at=1.0, measure="trace") for found in (results, iter(results))]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_models_with_the_same_accuracies_on_other_sets_tie():
+    sets = {"x": (0.1, 0.3, 0.2, 0.4, 0.5), "y": (0.2, 0.2, 0.3, 0.4, 0.6), "z": (0.3, 0.1, 0.1, 0.4, 0.7)}
+    results = [
+        model(
+            {"a": math.exp(i), "model": 1.0},
+            {"id": 0.5} | {k: v[i] for k, v in sets.items()},
+            ood=tuple(sets),
+            name=f"{i}",
+        )
+        for i in range(5)
+    ]
+    for target in ("OOD accuracy", "gain over zero-shot"):
+        tau = stats.kendalltau(range(5), [0, 0, 0, 1, 2]).statistic
+        assert found(results, target).loc["a", "tau"] == pytest.approx(tau)
 
 
 def test_the_family_of_layers_is_that_of_the_largest_correlation():
@@ -209,6 +242,7 @@ BAD = {
         {},
         r"model 5 \(h\) and model 7 \(h\) have the same fine-tuned weights",
     ),
+    "folders": (lambda: ["runs/a"] * 5, {}, "'runs/a' is a str, no result of a scan\n  fix: .sharpscope.open"),
     "four models": (lambda: cohort(4), {}, "4 models are too few to correlate over"),
     "alpha": (
         lambda: cohort(5),

@@ -19,7 +19,8 @@ import sharpscope as ss
 from sharpscope.cli import app
 from sharpscope.errors import MismatchError, ModelError
 from sharpscope.merging import merge, scanned_plan, write_plan
-from sharpscope.models import load, load_pair
+from sharpscope.models import load, load_pair, weight_files
+from sharpscope.models.weight_files import SafetensorsFile
 from sharpscope.recipe import Recipe
 
 # --- names on disk, and those in memory
@@ -27,6 +28,30 @@ from sharpscope.recipe import Recipe
 
 def stored(folder):
     return load_file(f"{folder}/model.safetensors")
+
+
+KINDS = ("bool", "uint8", "int64", "float16", "bfloat16", "float64", "complex64", "float8_e4m3fn")
+
+
+def test_every_tensor_of_safetensors_is_read_as_the_library_reads_it(tmp_path, monkeypatch):
+    shapes = {"matrix": (2, 3), "number": (), "nothing": (0, 2)}
+    state = {f"{k}.{n}": torch.randint(0, 2, s).to(getattr(torch, k)) for k in KINDS for n, s in shapes.items()}
+    save_file(state, tmp_path / "m.safetensors", metadata={"format": "pt"})
+    opened = []
+    monkeypatch.setattr(weight_files, "safe_open", lambda *place: opened.append(place) or safetensors.safe_open(*place))
+    found = SafetensorsFile(tmp_path / "m.safetensors")
+    for name, tensor in load_file(tmp_path / "m.safetensors").items():
+        assert (found.tensor(name).dtype, found.tensor(name).shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found.tensor(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    assert len(opened) == 1  # the library reads the whole header each time
+
+
+def test_a_file_that_is_cut_off_after_it_was_opened_is_said_to_be_damaged(tmp_path):
+    save_file({"a": torch.ones(9)}, tmp_path / "m.safetensors")
+    found = SafetensorsFile(tmp_path / "m.safetensors")
+    (tmp_path / "m.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-4])
+    with pytest.raises(ModelError, match=r"m\.safetensors cannot be read: it ends within 'a'"):
+        found.tensor("a")
 
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2", "Beit", "Swin", "Segformer"])

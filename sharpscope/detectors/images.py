@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,10 @@ def model_named(name: str) -> str:
 
 def _number(name: str) -> float | None:
     try:
-        return float(name.removeprefix(ALPHA)) if name.startswith(ALPHA) else None
+        found = float(name.removeprefix(ALPHA)) if name.startswith(ALPHA) else math.nan
     except ValueError:
         return None
+    return found if math.isfinite(found) else None  # NaN is as near to one alpha as to any
 
 
 def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> float:

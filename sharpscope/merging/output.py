@@ -72,8 +72,8 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
 def check_output(plan: MergePlan, out: str | Path, *, overwrite: bool = False) -> Path:
     """Return the absolute place of a merge, after what :func:`write_merge` refuses; nothing is left there."""
     target = Path(os.path.abspath(at_home(out)))  # noqa: PTH100  # not through links: they would be replaced
-    _check_target(plan, target, overwrite)
     try:
+        _check_target(plan, target, overwrite)
         _check_room(plan, target, check_writable(target.parent))
     except OSError as error:
         raise _unwritable(target, error) from error

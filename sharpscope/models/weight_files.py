@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import warnings
@@ -51,7 +52,7 @@ class Spec:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened anew for each tensor so that nothing stays mapped; nothing is around its weights."""
+    """A safetensors file, of which nothing stays mapped or open; nothing is around its weights."""
 
     wrappers: tuple[str, ...] = ()
     twins: Sequence[tuple[str, ...]] = ()
@@ -62,15 +63,29 @@ class SafetensorsFile:
             with safe_open(path, "pt") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
                 self.specs = {key: _spec(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            self._starts = _starts(path)
         except UNREADABLE as error:
             _check_suffix(path, error)
             raise damaged(path, error) from error
 
     def tensor(self, key: str) -> Tensor:
         """Return one tensor; only it is read."""
-        with safe_open(self.path, "pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
+        # Not by the library: it reads the whole header whenever a file is opened, 6 ms where it names 6,000 tensors.
+        spec = self.specs[key]
+        found = torch.empty(spec.nbytes, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self._starts[key])
+            if spec.nbytes and file.readinto(found.numpy().data) < spec.nbytes:
+                raise damaged(self.path, EOFError(f"it ends within {key!r}"))
+        return found.view(spec.dtype).reshape(spec.shape)
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Return where each tensor begins: the length of the header in 8 bytes, the header as JSON, then the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {key: 8 + length + about["data_offsets"][0] for key, about in header.items() if key != "__metadata__"}
 
 
 class TorchFile:

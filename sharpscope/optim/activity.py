@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class Audit:
         c < 0 and ``active`` r > 0 too; ``mean_ratio`` over the active ones (0 if none); ``distance`` the norm of
         the deviation after the step, ``relative_distance`` over the norm of the anchor (NaN for anchor zero).
     sharpness
-        What was measured during training, one row per layer and measure; empty if nothing was.
+        What was measured during training, one row per layer and measure, NaN where the loss was no finite number; empty
+        if nothing was.
     """
 
     header: dict[str, Any]
@@ -69,8 +71,9 @@ def read_audit(path: str | Path) -> Audit:
     for line in lines:
         rows[line.pop("kind")].append(line)
     activity = pd.DataFrame(rows["activity"], columns=list(COLUMNS))
-    activity["relative_distance"] = activity["relative_distance"].astype(float)
-    return Audit(header, activity, pd.DataFrame(rows["sharpness"], columns=list(SHARPNESS)))
+    sharpness = pd.DataFrame(rows["sharpness"], columns=list(SHARPNESS))
+    unknown = {"distance": float, "relative_distance": float}  # null in the log, where there is no number
+    return Audit(header, activity.astype(unknown), sharpness.astype({"value": float, "stderr": float}))
 
 
 def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
@@ -81,16 +84,30 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
     UsageError
         If the file is no audit log of this format.
     """
-    parts = path.read_bytes().splitlines(keepends=True)
+    try:
+        parts = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error})", "the file that training wrote") from error
     whole = parts[:-1] if parts and not parts[-1].endswith(b"\n") else parts
+    if not whole:
+        raise UsageError(f"{path} is no audit log: it has not one whole line", "another path, or move it away")
     try:
         header, *lines = [json.loads(part) for part in whole]
-        good = header["format"] == FORMAT and all(line["kind"] in ("activity", "sharpness") for line in lines)
+        good = header["format"] == FORMAT and all(_is_line(line) for line in lines)
     except (ValueError, KeyError, TypeError) as damage:
         raise UsageError(f"{path} is not a readable audit log ({damage})", "another path, or move it away") from damage
     if not good:
         raise UsageError(f"{path} is no audit log of format {FORMAT}", "another path, or move it away")
     return header, lines, sum(map(len, whole))
+
+
+def _is_line(line: dict[str, Any]) -> bool:
+    return line["kind"] in ("activity", "sharpness") and {"step", "layer"} <= line.keys()
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, None for what JSON has no number for: a diverged run is logged to its end."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def sentence(activity: pd.DataFrame) -> str:

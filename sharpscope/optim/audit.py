@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from sharpscope._version import __version__
 from sharpscope.errors import UsageError
 from sharpscope.home import at_home
 from sharpscope.optim import projection, shards
-from sharpscope.optim.activity import FORMAT, read_audit, read_lines, sentence
+from sharpscope.optim.activity import FORMAT, finite, read_audit, read_lines, sentence
 from sharpscope.optim.chunk import Activity
 from sharpscope.optim.selective import SelectiveProjection
 
@@ -67,7 +66,7 @@ class AuditLog:
         header = self.header()
         if not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(header) + "\n")
+            self._write([header])
             return
         old, lines, _ = read_lines(self.path)
         for key in _SAME:
@@ -76,9 +75,12 @@ class AuditLog:
                     f"{self.path} is the log of another run: {key} is {old.get(key)!r} there, {header[key]!r} now",
                     "another path, or move the file away",
                 )
+        self._write([old, *(line for line in lines if line["step"] <= step)])
+
+    def _write(self, lines: Iterable[Line]) -> None:
+        """Write the file, whole or not at all."""
         beside = self.path.with_name(self.path.name + ".part")
-        kept = [line for line in lines if line["step"] <= step]
-        beside.write_text("".join(json.dumps(line) + "\n" for line in (old, *kept)))
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         beside.replace(self.path)
 
     def header(self) -> Line:
@@ -113,6 +115,8 @@ class AuditLog:
         """Write lines and make sure that they are on disk."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         if self._writes and text:
+            if not self.path.exists():  # moved away meanwhile: what follows is a log of its own
+                self._write([self.header()])
             with self.path.open("a") as file:
                 file.write(text)
                 file.flush()
@@ -152,12 +156,7 @@ class AuditLog:
             found.append(shards.summed(torch.stack([moved, own]), [shards.groups(parameter)]).cpu())
         distance, size = torch.cat(found, dim=1).sum(1).sqrt().tolist()
         relative = distance / size if size else None
-        return {"distance": _finite(distance), "relative_distance": _finite(relative)}
-
-
-def _finite(value: float | None) -> float | None:
-    """Return the value, None for what JSON has no number for: a diverged run is logged to its end."""
-    return value if value is not None and math.isfinite(value) else None
+        return {"distance": finite(distance), "relative_distance": finite(relative)}
 
 
 def _counted(units: Iterable[Activity]) -> Line:

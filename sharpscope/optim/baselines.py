@@ -150,17 +150,29 @@ class SAM:
         """
         with torch.enable_grad():
             loss = closure()
-        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        saved = [weight.clone() for weight in weights]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        norm = torch.stack([projection.squares([shards.whole(g)])[0] for g in gradients]).sum().sqrt()
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.add_(gradient * (self.rho / (norm + 1e-12)).to(gradient.dtype))
-        with torch.enable_grad():
+        with self._perturbed(), torch.enable_grad():
             closure()
-        torch._foreach_copy_(weights, saved)
         self.optimizer.step()
         return loss
+
+    @contextmanager
+    def _perturbed(self) -> Iterator[None]:
+        """Move the weights along their gradient; afterwards they are as they were, also of an interrupted step."""
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        saved = [weight.clone() for weight in weights]
+        try:
+            self._perturb(weights)
+            yield
+        finally:
+            if weights:
+                torch._foreach_copy_(weights, saved)
+
+    def _perturb(self, weights: list[Tensor]) -> None:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        sums = [projection.squares([shards.whole(gradient)])[0] for gradient in gradients]
+        norm = sum(sums, torch.zeros((), dtype=torch.float64)).sqrt()
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.add_(gradient * (self.rho / (norm + 1e-12)).to(gradient.dtype))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

@@ -58,6 +58,10 @@ def checked_decay(decay: float) -> float:
     return float(decay)
 
 
+# Sets of tensors with a gradient whose chunks are kept: training that skips layers at random has thousands of them.
+PLANS = 16
+
+
 class SelectiveProjection(Anchored):
     """The part of :class:`AdamSPD` and :class:`SGDSPD` that is not the plain step.
 
@@ -83,6 +87,7 @@ class SelectiveProjection(Anchored):
         self.selection = selection
         self._by_row = selection.row_norms
         self._plans: dict[Any, list[Chunk]] = {}
+        self._counted: dict[str, Activity] = {}
         self._running: list[Chunk] = []
         self._recorded = False
         self._start(anchor, exclude, store_anchor, decay=checked_decay(decay))
@@ -98,7 +103,7 @@ class SelectiveProjection(Anchored):
         """Add a group, see :meth:`Anchored.add_param_group`; new parameters get layers by their names."""
         checked_decay(param_group.get("decay", 0))
         super().add_param_group(param_group)
-        self._plans = {}
+        self._let_go()
         if "layers" in self.__dict__:
             known = set(self.layers.names)
             fresh = [name for _, name, _ in self.anchored() if name not in known]
@@ -115,6 +120,8 @@ class SelectiveProjection(Anchored):
         live = [(group, name, p) for group, name, p in self.anchored() if p.grad is not None and group["decay"] > 0]
         key = tuple((name, p.device, p.dtype) for _, name, p in live)
         if key not in self._plans:
+            if len(self._plans) >= PLANS:
+                self._let_go()
             self._plans[key] = self._chunks(live)
         return self._plans[key]
 
@@ -227,15 +234,22 @@ class SelectiveProjection(Anchored):
 
         Nothing is counted before :meth:`record`.
         """
-        found: dict[str, Activity] = {}
+        found, self._counted = self._counted, {}
         for chunk in (chunk for plan in self._plans.values() for chunk in plan):
             for one in chunk.drained():
                 found[one.unit] = found[one.unit] + one if one.unit in found else one
         return list(found.values())
 
+    def _let_go(self) -> None:
+        """Drop the chunks, but not what they counted."""
+        self._counted = {one.unit: one for one in self.activity()}
+        self._plans, self._running = {}, []
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._running = {}, []  # they hold the groups that have just been replaced
+        for key in ("_plans", "_counted"):
+            self.__dict__.setdefault(key, {})  # of a copy
+        self._let_go()  # chunks hold the groups that have just been replaced
 
 
 def _joined(a: Partition, b: Partition) -> Partition:

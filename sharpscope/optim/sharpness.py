@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +16,12 @@ from sharpscope.batches import as_batch, check_range, check_taken, unread
 from sharpscope.curvature.estimate import Estimate, Estimates
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
-from sharpscope.errors import DataError, ModelError
+from sharpscope.errors import DataError, MeasurementError, ModelError
 from sharpscope.evaluate import class_count
 from sharpscope.losses import cross_entropy
 from sharpscope.network import Network
-from sharpscope.objective import Batch, Objective, unfused
+from sharpscope.objective import Batch, Objective, check_finite, check_finite_gradient, unfused
+from sharpscope.optim.activity import finite
 from sharpscope.optim.anchor import plain_name
 from sharpscope.optim.projection import widened
 from sharpscope.partition import Partition
@@ -84,8 +87,10 @@ class SharpnessProbe:
             found = [(as_batch(item, _NAME, index), unread(item)) for index, item in enumerate(batches)]
             self.batches = tuple(Batch(x.clone(), y.clone()) for (x, y), _ in found if len(y))
         self._unread = frozenset(key for _, keys in found for key in keys)
-        if not self.batches:
+        labelled = sum(int((batch.targets != _IGNORED).sum()) for batch in self.batches)
+        if not labelled:
             raise DataError(f"{_NAME} holds no example to measure sharpness on", "at least one labelled batch")
+        self._labelled = sum(len(batch.targets) for batch in self.batches) / labelled
         self._measure = measure
         self._seed = seed
 
@@ -120,12 +125,15 @@ class SharpnessProbe:
         ------
         ModelError
             If weights are sharded.
+        MeasurementError
+            If the loss or its gradient is no finite number, as of a run that diverged.
         """
-        named = {plain_name(name): name for name, _ in module.named_parameters()}
+        names = _named(module, layers)
         with self._measured(module) as (objective, weights):
-            known = layers.only([name for name in layers.names if name in named])
-            names = Partition({layer: tuple(named[name] for name in mine) for layer, mine in known.layers.items()})
-            return list(self._measure(Point(objective, weights, names.names), names, self._seed))
+            point = Point(objective, weights, names.names)
+            check_finite(point.loss, "the present weights")
+            check_finite_gradient(point.gradient, "the present weights")
+            return list(self._measure(point, names, self._seed))
 
     @contextmanager
     def _measured(self, module: nn.Module) -> Iterator[tuple[Objective, Tree]]:
@@ -139,22 +147,43 @@ class SharpnessProbe:
             dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
             moved = (batch.to(device) for batch in self.batches)
             batches = tuple(Batch(x.to(dtype) if x.is_floating_point() else x, y) for x, y in moved)
-            yield Objective(Network(module, weights, {}).forward, cross_entropy, batches), weights
+            yield Objective(Network(module, weights, {}).forward, self._loss, batches), weights
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed loss, as much larger as labels are fewer than examples: the mean is over the labels.
+
+        No example is left out in place of that: a forward may know its batch.
+        """
+        return cross_entropy(outputs, targets) * self._labelled
 
     def lines(self, module: nn.Module, layers: Partition, step: int) -> Iterator[dict[str, Any]]:
-        """Yield one line of an audit log per layer."""
+        """Yield one line of an audit log per layer; without a value where there is none, as of a run that diverged."""
         name = getattr(self._measure, "name", "sharpness")
-        for layer, found in self(module, layers):
+        try:
+            rows = self(module, layers)
+        except MeasurementError:  # a look in passing must not end the training
+            rows = [(layer, Estimate(math.nan, math.inf, 0, False, np.zeros(0))) for layer in layers.layers]
+        for layer, found in rows:
             yield {
                 "kind": "sharpness",
                 "step": step,
                 "layer": layer,
                 "measure": name,
-                "value": found.value,
-                "stderr": found.stderr if found.stderr < float("inf") else None,
+                "value": finite(found.value),
+                "stderr": finite(found.stderr),
                 "draws": found.draws,
                 "converged": found.converged,
             }
+
+
+def _named(module: nn.Module, layers: Partition) -> Partition:
+    """Return the layers by the names that the module, wrapped or not, has for what it has of their parameters."""
+    named = {plain_name(name): name for name, _ in module.named_parameters()}
+    known = {
+        layer: tuple(named[plain] for plain in map(plain_name, names) if plain in named)
+        for layer, names in layers.layers.items()
+    }
+    return Partition({layer: names for layer, names in known.items() if names})
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ Columns = dict[str, Array]
 
 
 def across_models(
-    results: Sequence[ScanResult],
+    results: Iterable[ScanResult],
     *,
     at: float,
     measure: str,
@@ -75,6 +75,8 @@ def across_models(
     """
     check(statistic)
     _check_alpha(at)
+    results = list(results)
+    _refuse_others(results)
     _refuse_few(results)
     _refuse_twice(results)
     predictors, layers = _predictors(results, at, measure)
@@ -94,6 +96,14 @@ def across_models(
 def _check_alpha(at: Any) -> None:
     if isinstance(at, bool) or not isinstance(at, Real):
         raise UsageError(f"at={at!r}: needs an alpha, a number", "one that every model was scanned at: at=1.0")
+
+
+def _refuse_others(results: Sequence[Any]) -> None:
+    if others := [found for found in results if not hasattr(found, "meta")]:
+        raise UsageError(
+            f"{others[0]!r} is a {type(others[0]).__name__}, no result of a scan",
+            "[sharpscope.open(FOLDER) for FOLDER in ...]",
+        )
 
 
 def _refuse_few(results: Sequence[ScanResult]) -> None:
@@ -175,12 +185,14 @@ def _targets(results: Sequence[ScanResult], at: float) -> Columns:
         )
 
     def mean(found: Mapping[str, float]) -> float:
-        return float(np.mean([found[split] for split in sorted(common)]))
+        # Means of the same accuracies in another order tie.
+        return round(float(np.mean([found[split] for split in sorted(common)])), 12)
 
     targets = {"OOD accuracy": np.array([mean(found) for found in here])}
     start = [accuracy(result, 0.0) for result in results]
     if at != 0 and all(common <= set(found) for found in start):
-        targets["gain over zero-shot"] = targets["OOD accuracy"] - np.array([mean(found) for found in start])
+        gain = targets["OOD accuracy"] - np.array([mean(found) for found in start])
+        targets["gain over zero-shot"] = gain.round(12)
     return targets
 
 

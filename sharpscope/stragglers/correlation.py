@@ -72,10 +72,11 @@ def ood_error(evals: pd.DataFrame, ood: Iterable[str]) -> pd.Series:
     """Return the error (1 - accuracy) by alpha, averaged over the OOD sets with equal weight.
 
     Sets without any accuracy (no labels) are left out, then alphas at which one of the others has none, so that the
-    mean is over the same sets at every alpha. Empty if nothing remains.
+    mean is over the same sets at every alpha. Empty if nothing remains. Rounded to 12 digits, so that means of the same
+    accuracies in another order tie.
     """
     chosen = evals[(evals["measure"] == "accuracy") & evals["split"].isin(list(ood)) & np.isfinite(evals["value"])]
-    return 1 - chosen.pivot_table(index="alpha", columns="split", values="value").dropna().mean(axis=1)
+    return 1 - chosen.pivot_table(index="alpha", columns="split", values="value").dropna().mean(axis=1).round(12)
 
 
 def co_movement(

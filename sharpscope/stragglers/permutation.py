@@ -63,7 +63,9 @@ class Cohort:
         given = stats.rankdata(self.given, axis=1) if ranked and len(self.given) else self.given
         design = np.column_stack([np.ones(len(target)), *given])
         fitted = design @ np.linalg.lstsq(design, target, rcond=None)[0]
-        permuted = (fitted + (target - fitted)[self._orders()]).round(9)
+        permuted = fitted + (target - fitted)[self._orders()]
+        if ranked:  # equal ranks stay equal; accuracies would change, and with them the correlation of the identity
+            permuted = permuted.round(9)
         return partial_correlation(self.predictors, permuted, self.given, self.statistic)
 
     def _orders(self) -> Array:
