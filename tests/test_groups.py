@@ -304,7 +304,7 @@ def test_inputs_by_name_are_grouped_too():
         torch.testing.assert_close(found.gradient[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_a_probe_of_all_groups_has_room():
+def test_a_probe_of_all_groups_has_room(monkeypatch):
     net = made("mlp")
     fn = objective(net, 320)
     size = sum(p.nbytes for p in net.parameters())
@@ -312,6 +312,8 @@ def test_a_probe_of_all_groups_has_room():
     def most(memory):
         return point(net, fn, workspace=Workspace(memory=memory)).grouping.most
 
+    assert most(None) == groups.ENOUGH
+    monkeypatch.setattr(groups, "ENOUGH", 10**9)
     assert most(None) == int(groups._memory(torch.device("cpu"), None) * groups.ROOM / size)
     assert most(int(5.5 * size / groups.ROOM)) == 5
     assert most(size) == 1

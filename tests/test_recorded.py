@@ -197,6 +197,7 @@ def test_a_network_that_cannot_be_recorded_is_measured_all_the_same(monkeypatch)
     monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
     goal, weights = objective("cuda", torch.float64, Waiting)
     workspace = Workspace()
+    Point(goal, weights, tuple(weights), workspace=workspace)
     with pytest.warns(UserWarning, match="unrecorded"):
         point = Point(goal, weights, tuple(weights), workspace=workspace)
     v = tree.gaussian(weights, "v")

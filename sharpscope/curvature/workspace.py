@@ -55,10 +55,10 @@ class Place:
 class Workspace:
     """Gives each point its place.
 
-    On a GPU where the device waits for the host a point's stays for the next ones, the second's where all data are one
-    batch, else the first's: the gradient graph of every batch is recorded, with the products through it, and at another
-    point all is replayed on the same memory with new weights. A point is of no use any more once its workspace has
-    served the next one. Elsewhere each point has a place of its own.
+    On a GPU where the device waits for the host the second point's stays for the next ones: the gradient graph of every
+    batch is recorded, with the products through it, and at another point all is replayed on the same memory with new
+    weights. A point is of no use any more once its workspace has served the next one. Elsewhere each point has a place
+    of its own.
 
     Parameters
     ----------
@@ -95,10 +95,9 @@ class Workspace:
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         place = self._plain(objective, how, weights, names, budget)
         self._points += 1
-        # Of one batch, which keeps the device busiest, recording takes more than it saves at a single point: the first
-        # may be the only one. What processes gather meanwhile cannot be recorded.
-        again = self._points > 1 or len(objective.own_batches) > 1
-        if again and self._recorder.on and objective.pieces == 1 and objective.again is None:
+        # Recording takes as long as some twenty gradients, more than it saves at a single point. What processes gather
+        # meanwhile cannot be recorded.
+        if self._points > 1 and self._recorder.on and objective.pieces == 1 and objective.again is None:
             if not self._waits(place):
                 self._recorder.on = False
                 return place
