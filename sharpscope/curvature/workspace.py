@@ -101,10 +101,9 @@ class Workspace:
             if not self._waits(place):
                 self._recorder.on = False
                 return place
-            room = min(len(how[0].cut(objective)) * place.graphs.largest, budget) + 2 * place.graphs.largest
             del place
             try:
-                recorded = self._recorded(objective, how, weights, names, budget, room)
+                recorded = self._recorded(objective, how, weights, names, budget)
                 self._held = replace(recorded, asked=graph_bytes)
                 return self._held
             except torch.OutOfMemoryError:
@@ -156,7 +155,6 @@ class Workspace:
         weights: Tree,
         names: Sequence[str],
         budget: int,
-        room: int,
     ) -> Place:
         assert self._recorder is not None
         own = {name: tensor.detach().clone() for name, tensor in weights.items()}
@@ -166,8 +164,9 @@ class Workspace:
         with self._recorder.stream():
             for (piece,) in {len(pieces[0].batch.targets): pieces for pieces in batches}.values():
                 _warm_up(way.of(partial(graph, objective, own, leaves)), piece)
-        if torch.cuda.mem_get_info(weights[names[0]].device)[0] < room:
-            torch.cuda.empty_cache()  # a recording takes memory that is free, not memory that is kept for reuse
+        # A recording takes memory that is free, not memory that is kept for reuse; where the two are all of a device,
+        # products are not recorded for want of it, and every tensor after that is asked of the driver.
+        torch.cuda.empty_cache()
         graphs = _InPlace(partial(_recorded_graph, objective, own, leaves, self._recorder, way), batches, own, budget)
         next(iter(graphs), None)  # what cannot be recorded shows here
         return Place(objective, own, leaves, graphs, *how, budget)
