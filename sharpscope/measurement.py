@@ -24,7 +24,7 @@ from sharpscope.journal import Journal
 from sharpscope.losses import cross_entropy
 from sharpscope.measures import Measure
 from sharpscope.memory import Memory
-from sharpscope.objective import check_finite, check_finite_gradient
+from sharpscope.objective import check_finite
 from sharpscope.plan import Plan, path_notes
 from sharpscope.progress import Progress
 from sharpscope.search import RecipeSearch, Search
@@ -70,8 +70,8 @@ def _measure(job: Job, plan: Plan, point: Point, measure: Measure, alpha: float,
         for layer, estimate in measure(point, job.layers, plan.seed):
             found[layer] = estimate
             tick(measure.name, layer)
-    except ValueError:  # of NaN, by numpy too; what needs no gradient is measured without one
-        check_finite_gradient(point.gradient, f"alpha {alpha:g} on {job.curvature_split!r}")
+    except ValueError:  # of NaN, by numpy too; what needs no derivatives is measured without them
+        point.check_finite(f"alpha {alpha:g} on {job.curvature_split!r}")
         raise
     ordered = {layer: found[layer] for layer in (*job.layers.layers, MODEL) if layer in found}
     return _curvature_cell(alpha, job.curvature_split, measure.name, ordered)

@@ -200,12 +200,12 @@ def check_finite(loss: float, place: str) -> None:
         )
 
 
-def check_finite_gradient(gradient: Tree, place: str) -> None:
-    """Raise if a gradient is not finite though the loss is, as where a root or a norm of zero is differentiated."""
+def check_finite_gradient(gradient: Tree, place: str, what: str = "gradient") -> None:
+    """Raise if a derivative is not finite though the loss is, as where a root or a norm of zero is differentiated."""
     whole = {name: slope for name, slope in gradient.items() if not hasattr(slope, "placements")}  # no shard: all ranks
     if bad := next((name for name, slope in whole.items() if not slope.isfinite().all()), None):
         raise MeasurementError(
-            f"the gradient by {bad!r} at {place} holds NaN or infinities",
+            f"the {what} by {bad!r} at {place} holds NaN or infinities",
             "look for weights that overflow, or a root, a norm or a quotient of zero in the forward",
         )
 

@@ -395,6 +395,13 @@ class Root(Pole):
         return self.body(x.flatten(1)) * (1 + self.scale.abs().sqrt())
 
 
+class Bend(Pole):
+    """The same with a gradient that is finite there, and a second derivative that is not."""
+
+    def forward(self, x):
+        return self.body(x.flatten(1)) * (1 + self.scale.abs() ** 1.5)
+
+
 def poles(kind=Pole, **settings):
     from test_scan import loader
 
@@ -422,10 +429,11 @@ def test_an_alpha_without_numbers_costs_none_of_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("measure", ["trace", "lambda_max"])
-def test_an_alpha_without_a_gradient_costs_none_of_the_others(tmp_path, measure):
-    message = r"gradient by 'scale' at alpha 0\.5 on 'id' holds NaN or infinities; 1 of 5 alphas \(0\.5\) could not be"
+@pytest.mark.parametrize(("kind", "what"), [(Root, "gradient"), (Bend, "second derivative")])
+def test_an_alpha_without_derivatives_costs_none_of_the_others(tmp_path, measure, kind, what):
+    message = rf"{what} by 'scale' at alpha 0\.5 on 'id' holds NaN or infinities; 1 of 5 alphas \(0\.5\) could not be"
     with pytest.raises(MeasurementError, match=message):
-        poles(Root, measures=[measure], out=tmp_path)
+        poles(kind, measures=[measure], out=tmp_path)
     _, cells, _ = journal.read(tmp_path / "cells.jsonl")
     assert {cell.key for cell in cells if measure in cell.key} == {f"{a}|id|{measure}" for a in (0.0, 0.25, 0.75, 1.0)}
 

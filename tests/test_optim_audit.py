@@ -249,9 +249,16 @@ class Root(nn.Linear):
         return super().forward(x) + (self.weight.sum() * 0).sqrt()  # its gradient is no number
 
 
-def test_weights_without_a_finite_loss_or_gradient_are_said_to_have_no_sharpness():
+class Bend(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (self.weight.sum() * 0).abs() ** 1.5  # its second derivative is no number
+
+
+def test_weights_without_a_finite_loss_or_derivative_are_said_to_have_no_sharpness():
     with pytest.raises(MeasurementError, match="the gradient by 'weight' at the present weights holds NaN"):
         SharpnessProbe(batches())(Root(5, 3), Partition({"all": ("weight", "bias")}))
+    with pytest.raises(MeasurementError, match="the second derivative by 'weight' at the present weights holds NaN"):
+        SharpnessProbe(batches())(Bend(5, 3), Partition({"all": ("weight", "bias")}))
     model = network()
     model[0].weight.data.fill_(math.nan)
     with pytest.raises(MeasurementError, match="the loss at the present weights is nan"):

@@ -11,8 +11,8 @@ from sharpscope.curvature.gradient import GradientGraph
 from sharpscope.curvature.graphs import Graphs, Part, block_diagonal
 from sharpscope.curvature.groups import Grouping
 from sharpscope.curvature.workspace import Workspace
-from sharpscope.objective import Objective
-from sharpscope.tree import Tree, select
+from sharpscope.objective import Objective, check_finite_gradient
+from sharpscope.tree import Tree, rademacher, select
 
 if TYPE_CHECKING:
     from sharpscope.curvature.gauss_newton import GaussNewton
@@ -107,6 +107,17 @@ class Point:
         self.counts["gradients"] += 1
         self.loss = sum(self.objective.ranks.gathered(losses))
         self.unused = frozenset(self.leaves.keys() - set(self.objective.ranks.gathered(sorted(touched))))
+
+    def check_finite(self, place: str) -> None:
+        """Raise if the gradient or a Hessian product is not finite: for measures that failed, as it costs a product.
+
+        Raises
+        ------
+        MeasurementError
+            Naming a tensor, and the place as it was given.
+        """
+        check_finite_gradient(self.gradient, place)
+        check_finite_gradient(self.product(rademacher(self.gradient, "finite")), place, "second derivative")
 
     @property
     def grouping(self) -> Grouping:

@@ -126,14 +126,18 @@ class SharpnessProbe:
         ModelError
             If weights are sharded.
         MeasurementError
-            If the loss or its gradient is no finite number, as of a run that diverged.
+            If the loss or a derivative is no finite number, as of a run that diverged.
         """
         names = _named(module, layers)
         with self._measured(module) as (objective, weights):
             point = Point(objective, weights, names.names)
             check_finite(point.loss, "the present weights")
             check_finite_gradient(point.gradient, "the present weights")
-            return list(self._measure(point, names, self._seed))
+            try:
+                return list(self._measure(point, names, self._seed))
+            except ValueError:  # of NaN
+                point.check_finite("the present weights")
+                raise
 
     @contextmanager
     def _measured(self, module: nn.Module) -> Iterator[tuple[Objective, Tree]]:
