@@ -14,6 +14,7 @@ from sharpscope.errors import OutputError, UsageError
 from sharpscope.home import at_home
 from sharpscope.journal import replace_text
 from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
+from sharpscope.recipe import CONVENTION
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.effects import keys_of_moves
 from sharpscope.stragglers.recipes import keys_of_trials
@@ -65,6 +66,10 @@ def open_result(folder: str | Path) -> ScanResult:
         meta = read_meta(place / "scan.json")
     except ValueError as damage:
         raise UsageError(f"{place / 'scan.json'} is damaged: {damage}", _AGAIN) from damage
+    if (convention := meta.get("alpha_convention", CONVENTION)) != CONVENTION:
+        raise UsageError(
+            f"{place / 'scan.json'} counts alphas otherwise: {convention!r}", f"a scan with {CONVENTION!r}"
+        )
     header, cells, _ = journal.read(place / "cells.jsonl")
     if header["plan"] != meta["plan"]:
         raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sharpscope.recipe import CONVENTION
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.recipes import recipe_key
 from sharpscope.stragglers.standing import NECESSARY, SUFFICIENT, Base, moved_key
@@ -103,7 +104,7 @@ def _meta(alphas: Sequence[float], ood: Sequence[str], n: int) -> dict[str, obje
     }
     return {
         "sharpscope": "0.1.0",
-        "alpha_convention": "0 is zero-shot, 1 is fine-tuned",
+        "alpha_convention": CONVENTION,
         "alphas": list(alphas),
         "measures": MEASURES,
         "seed": 0,

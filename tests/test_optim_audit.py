@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -163,6 +164,21 @@ def test_a_resumed_log_is_that_of_the_uninterrupted_run(tmp_path):
         return path.read_text()
 
     assert lines("whole", False) == lines("resumed", True)
+
+
+def test_a_training_begun_anew_leaves_the_logs_of_earlier_ones_beside(tmp_path):
+    path, texts = tmp_path / "spd.jsonl", []
+    for seed, found in enumerate(([], ["spd.1.jsonl"], ["spd.1.jsonl", "spd.2.jsonl"])):
+        model = network()
+        optimizer = spd(model)
+        with pytest.warns(UserWarning, match="log of an earlier training") if found else nullcontext():
+            log = AuditLog(path, optimizer, every=1)
+        train(model, optimizer, 1, start=seed + 1)
+        log.step(1)
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*found, "spd.jsonl"])
+        assert len(read_audit(path).activity) == len(layers(model).layers)
+        texts.append(path.read_text())
+    assert [(tmp_path / name).read_text() for name in ("spd.1.jsonl", "spd.2.jsonl", "spd.jsonl")] == texts
 
 
 def test_a_log_of_another_anchor_or_of_something_else_is_refused(tmp_path):

@@ -146,6 +146,13 @@ def other_plan(file):
 NEEDED = ("plan", "alphas", "measures", "splits", "seed", "layers")
 
 
+def test_a_scan_that_counts_alphas_from_the_other_end_is_refused(tmp_path):
+    file = planted(**FEW).save(tmp_path) / "scan.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alpha_convention": "alpha 0 = fine-tuned"}))
+    with pytest.raises(UsageError, match=r"scan\.json counts alphas otherwise: 'alpha 0 = fine-tuned'"):
+        ss.open(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "3", "{}"])
 def test_a_scan_json_that_is_no_scan_is_damaged(tmp_path, content):
     (planted(**FEW).save(tmp_path) / "scan.json").write_text(content)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ class AuditLog:
     ----------
     path
         The file. One that holds a log of the same anchor, partition and options is continued: its lines after
-        ``step`` are dropped, so a run resumed from a checkpoint has every line once.
+        ``step`` are dropped, so a run resumed from a checkpoint has every line once. Begun anew at step 0, the log that
+        was there is kept beside, as ``NAME.1.jsonl``, with a warning.
     optimizer
         An ``AdamSPD`` or ``SGDSPD``.
     every
@@ -75,7 +78,17 @@ class AuditLog:
                     f"{self.path} is the log of another run: {key} is {old.get(key)!r} there, {header[key]!r} now",
                     "another path, or move the file away",
                 )
+        if step == 0 and lines:
+            aside = self._aside()
+            self.path.replace(aside)
+            warnings.warn(f"{self.path} was the log of an earlier training: it is {aside.name} now", stacklevel=4)
+            old, lines = header, []
         self._write([old, *(line for line in lines if line["step"] <= step)])
+
+    def _aside(self) -> Path:
+        """Return a name beside the log's that is free."""
+        names = (self.path.with_suffix(f".{number}{self.path.suffix}") for number in count(1))
+        return next(name for name in names if not name.exists())
 
     def _write(self, lines: Iterable[Line]) -> None:
         """Write the file, whole or not at all."""
