@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -42,25 +43,40 @@ def limited(memory: int | None, device: str | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, index)
 
 
-def pieces_for(batch: int, example: int, weights: int, free: int) -> int:
+class GraphBytes(NamedTuple):
+    """What a gradient graph keeps: for each example, and once however many there are, as weights in float16."""
+
+    example: int
+    once: int = 0
+
+    @classmethod
+    def of(cls, measured: Sequence[int]) -> GraphBytes:
+        """Return it from the graph of one example and of two, or of what could be measured of them."""
+        if len(measured) < 2:
+            return cls(sum(measured))
+        one, two = measured
+        return cls(max(two - one, 0), max(min(2 * one - two, one), 0))
+
+
+def pieces_for(batch: int, graph: GraphBytes, weights: int, free: int) -> int:
     """Return the pieces, 1, 2, 4, ..., that a batch is to be computed in so that a product fits in what is free.
 
     Parameters
     ----------
     batch
         Examples in it.
-    example
-        Bytes that the gradient graph of one example keeps.
+    graph
+        What its gradient graph keeps.
     weights
         Bytes of the weights.
     free
         Bytes; a share of them is kept for graphs (:data:`sharpscope.curvature.graphs.HEADROOM`).
 
-    >>> pieces_for(64, example=10, weights=10, free=800), pieces_for(64, example=10, weights=10, free=8000)
-    (4, 1)
+    >>> [pieces_for(64, GraphBytes(example=10), weights=10, free=free) for free in (800, 8000)]
+    [4, 1]
     """
-    room = max(free - VECTORS * weights, free / 4) * (1 - HEADROOM)
+    room = max(free - VECTORS * weights - PEAK * graph.once, free / 4) * (1 - HEADROOM)
     pieces = 1
-    while pieces < batch and PEAK * example * -(-batch // pieces) > room:
+    while pieces < batch and PEAK * graph.example * -(-batch // pieces) > room:
         pieces *= 2
     return pieces

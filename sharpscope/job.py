@@ -140,9 +140,11 @@ class Job:
         place = str(self.device)
         if self.ranks.size > 1:
             place = f"{self.ranks.size} x {self.device.type}, sharing {self.parallel}"
+        pieces = self.objective.pieces
+        cut = f", batches in {pieces} pieces to stay within memory" if pieces > 1 else ""
         return (
             f"{len(self.layers.layers)} layers x {len(plan.alphas)} alphas on {place}: {names} "
-            f"on {self.curvature_images} images of {self.curvature_split!r}; "
+            f"on {self.curvature_images} images of {self.curvature_split!r}{cut}; "
             f"evaluation on {', '.join(f'{s.name} ({len(s)})' for s in self.splits)}{resumed}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sharpscope.agreement import check_same_forward
 from sharpscope.batches import check_taken
-from sharpscope.budget import pieces_for
+from sharpscope.budget import GraphBytes, pieces_for
 from sharpscope.caches import check_caches
 from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
@@ -176,11 +177,11 @@ def prepare(
     sharers = ranks if parallel == "data" else ALONE
     objective = Objective(net.forward, loss, batches, ranks=sharers, again=again)
     labelled = [id_split, *ood, *([] if texts else [curvature])]
-    layers, example = _touched(objective, net, {**constants, **path.start}, everything, labelled, plan)
+    layers, graph = _touched(objective, net, {**constants, **path.start}, everything, labelled, plan)
     notes += _untouched(path, everything, layers)
     if parallel != "weights":
         notes += check_same_forward(objective, networks, constants, path)
-    objective = _in_pieces(objective, example, sum(local(t).nbytes for t in path.start.values()), place, memory)
+    objective = _in_pieces(objective, graph, sum(local(t).nbytes for t in path.start.values()), place, memory)
     if objective.pieces > 1:
         notes.append(f"batches are computed in {objective.pieces} pieces to stay within memory")
     return Job(
@@ -219,12 +220,14 @@ def _check_names(splits: list[Split]) -> None:
         raise UsageError(f"data set name {min(twice)!r} is used twice or holds a '|'", "give each set its own name")
 
 
-def _in_pieces(objective: Objective, example: int, weights: int, device: torch.device, memory: int | None) -> Objective:
+def _in_pieces(
+    objective: Objective, graph: GraphBytes, weights: int, device: torch.device, memory: int | None
+) -> Objective:
     """Return the objective with batches in as many pieces as the memory asks for."""
     if objective.coupled:
         return objective
     free = min(objective.ranks.gathered([free_bytes(device, memory)]))
-    return replace(objective, pieces=pieces_for(len(objective.batches[0].targets), example, weights, free))
+    return replace(objective, pieces=pieces_for(len(objective.batches[0].targets), graph, weights, free))
 
 
 def _touched(
@@ -234,10 +237,10 @@ def _touched(
     everything: Partition,
     splits: list[Split],
     plan: Plan,
-) -> tuple[Partition, int]:
+) -> tuple[Partition, GraphBytes]:
     """Check one batch (labels in range, finite, the same twice); return the layers that its loss touches.
 
-    Also returned: the bytes that the gradient graph of an example keeps.
+    Also returned: what gradient graphs keep.
     """
     first = Objective(objective.forward, objective.loss, objective.batches[:1], again=objective.again)
     for split in splits:
@@ -247,13 +250,23 @@ def _touched(
     check_additive(first, weights)
     check_finite(first(weights), "the zero-shot end")
     check_deterministic(first, weights)
-    example = replace(first, batches=(first.batches[0].split(first.examples)[0],))
+    example = replace(first, batches=tuple(first.batches[0].split([1])[:1]))
     check_differentiable(example, weights, everything.names)
     if plan.measures and not isinstance(network, ShardedNetwork):
         curved = any(getattr(measure, "matrix", None) == "hessian" for measure in plan.measures)
         check_derivatives(first, network, weights, everything.names, curved)
-    point = Point(example, weights, everything.names, graph_bytes=0)  # which tensors are touched one example tells
-    return everything.only(set(everything.names) - point.unused), point.graph_bytes
+    point = _of_few(first, weights, everything.names)
+    return everything.only(set(everything.names) - point.unused), GraphBytes.of(point.graph_bytes)
+
+
+def _of_few(first: Objective, weights: Tree, names: Sequence[str]) -> Point:
+    """Return a point over an example and over two, which tell the layers that are touched and what graphs keep."""
+    one, two = (replace(first, batches=tuple(first.batches[0].split([count])[:1])) for count in (1, 2))
+    both = one if first.coupled else replace(first, batches=(*one.batches, *two.batches))
+    try:
+        return Point(both, weights, names, graph_bytes=sys.maxsize)
+    except torch.OutOfMemoryError:
+        return Point(one, weights, names, graph_bytes=0)
 
 
 def _untouched(path: Path, everything: Partition, touched: Partition) -> list[str]:

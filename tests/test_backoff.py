@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpscope
 from sharpscope.backoff import back_off, is_out_of_memory
-from sharpscope.budget import pieces_for
+from sharpscope.budget import GraphBytes, pieces_for
 from sharpscope.curvature.graphs import Graphs, Part, free_bytes
 from sharpscope.curvature.groups import pieces_of
 from sharpscope.curvature.point import Point
@@ -47,7 +47,7 @@ def scanned(most=100, **settings):
         "measures": ["trace", "lambda_max", "gauss_newton_trace"],
         "batch_size": 4,
     } | settings
-    return sharpscope.scan(*nets, DATA, interventions=False, progress=False, **chosen)
+    return sharpscope.scan(*nets, DATA, interventions=False, **{"progress": False, **chosen})
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7])
@@ -88,6 +88,21 @@ def test_one_graph_of_a_piece_is_there_at_a_time():
         gc.enable()
     assert [int(n) for n in found] == [12, 12]
     assert most == [1]
+
+
+def test_a_graph_of_a_piece_is_made_once_for_all_layers(monkeypatch):
+    whole, weights, names = objective(made("mlp"))
+    point = Point(Objective(whole.forward, whole.loss, whole.batches[:1], 3), weights, names)
+    v = {name: {name: torch.randn_like(weights[name])} for name in names}
+    alone = {name: point.block_products({name: v[name]})[name] for name in names}
+    walked = []
+    monkeypatch.setattr(
+        point._graphs, "_graph", lambda piece, make=point._graphs._graph: walked.append(1) or make(piece)
+    )
+    together = point.block_products(v)
+    assert len(walked) == 3
+    for name in names:
+        assert together[name][name].equal(alone[name][name])
 
 
 @pytest.mark.parametrize("split_mapping", [False, True])
@@ -149,14 +164,51 @@ def test_what_counts_as_out_of_memory(error, is_so):
     assert is_out_of_memory(error) is is_so
 
 
-def test_with_little_memory_batches_come_in_pieces_and_graphs_are_not_kept(monkeypatch):
+def test_with_little_memory_batches_come_in_pieces_and_graphs_are_not_kept(monkeypatch, capsys):
     plain = scanned()
-    monkeypatch.setattr("sharpscope.preparation.free_bytes", lambda *_: 40_000)
+    monkeypatch.setattr("sharpscope.preparation.free_bytes", lambda *_: 16_000)
     monkeypatch.setattr("sharpscope.job.free_bytes", lambda *_: 0)
-    found = scanned(memory=40_000)
+    found = scanned(memory=16_000, progress=None)
+    assert "on 12 images of 'id', batches in 2 pieces to stay within memory; " in capsys.readouterr().err
     assert found.meta["warnings"][-1] == "batches are computed in 2 pieces to stay within memory"
     np.testing.assert_allclose(found.layers["value"], plain.layers["value"], rtol=1e-9)
     assert found.layers["draws"].equals(plain.layers["draws"])
+
+
+class Bent(torch.nn.Module):
+    """Its graph keeps a function of its weights once, and little for each example."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(300, 200) / 20)
+
+    def forward(self, x):
+        return x @ torch.tanh(self.weight)
+
+
+def test_what_a_graph_keeps_once_is_not_taken_for_that_of_each_example(monkeypatch):
+    torch.manual_seed(0)
+    first, second = Bent().eval(), Bent().eval()
+    x, y = torch.randn(64, 300), torch.arange(64) % 200
+    kept = []
+    monkeypatch.setattr(
+        "sharpscope.preparation.pieces_for",
+        lambda batch, graph, *rest: kept.append(graph) or pieces_for(batch, graph, *rest),
+    )
+    sharpscope.scan(
+        first, second, [(x, y)], alphas=[0.0], measures=["trace"], batch_size=64, progress=False, device="cpu"
+    )
+    weights = first.weight.nbytes
+    assert weights <= kept[0].once <= 4 * weights
+    assert 4 * 300 <= kept[0].example <= 40 * 4 * 500
+    free = 40 * weights
+    assert pieces_for(64, kept[0], weights, free) == 1
+    assert pieces_for(64, GraphBytes(sum(kept[0])), weights, free) == 32
+
+
+@pytest.mark.parametrize(("measured", "graph"), [((), (0, 0)), ((7,), (7, 0)), ((7, 9), (2, 5)), ((7, 15), (8, 0))])
+def test_what_a_graph_keeps_is_told_by_two_sizes(measured, graph):
+    assert GraphBytes.of(measured) == graph
 
 
 def test_what_a_process_holds_counts_against_its_limit():
@@ -175,7 +227,7 @@ def test_no_memory_is_refused():
 
 @pytest.mark.parametrize(("free", "pieces"), [(10**9, 1), (10**4, 1), (3000, 2), (1500, 4), (100, 16)])
 def test_pieces_are_as_few_as_what_is_free_allows(free, pieces):
-    assert pieces_for(16, example=50, weights=10, free=free) == pieces
+    assert pieces_for(16, GraphBytes(50), weights=10, free=free) == pieces
     room = max(free - 120, free / 4) / 2
     assert pieces == 16 or 2 * 50 * 16 / pieces <= room
     assert pieces == 1 or 2 * 50 * 16 / (pieces / 2) > room

@@ -73,9 +73,9 @@ class GradientGraph:
         directed = {n: v[n] for n in live}
         return self.products.unrecorded(directed, product) if each else self.products(tuple(names), directed, product)
 
-    def exactly(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
-        """Return :meth:`product` in float32."""
-        return (self.exact() if self.exact else self).product(names, v, each)
+    def exactly(self) -> GradientGraph:
+        """Return the graph in float32."""
+        return self.exact() if self.exact else self
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ Graph = TypeVar("Graph", bound="Grouped")
 
 Names = Sequence[str]
 Block = Callable[[Graph, Names, Tree, bool], Tree]  # see `Part`
+Exact = Callable[[Graph], Graph]
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
 
 
@@ -102,7 +103,7 @@ class Graphs(Generic[Graph]):
         self._budget = budget
         self.kept: list[Graph] = []
         self.kept_bytes = 0
-        self.largest = 0  # bytes of a graph, of those that were measured
+        self.measured: list[int] = []  # bytes of the first batches' graphs, as far as they were looked at
         self._full = False
 
     def __iter__(self) -> Iterator[Graph]:
@@ -148,7 +149,7 @@ class Graphs(Generic[Graph]):
             self._full = True
             return self._make(piece)
         size = counter.bytes + graph.nbytes
-        self.largest = max(self.largest, size)
+        self.measured.append(size)
         self._full = self.kept_bytes + size > self._budget
         if not self._full:
             self.kept_bytes += size
@@ -224,17 +225,17 @@ class Part(Generic[Graph]):
         Of a graph, the names of a layer's tensors and a vector over them, absent where nothing; the last argument says
         whether vector and product have an entry for each of the graph's groups, along a first axis.
     graphs
-        The graphs to walk through for these names.
+        The graphs to walk through for these names; layers that have the same ones are walked through together.
     groups
         Of the batch.
     exact
-        The same product in numbers of more range, for what is not finite in those of the first; None: there are none.
+        Returns a graph in numbers of more range, for products that are not finite in its own; None: there is none.
     """
 
     product: Block[Graph]
     graphs: Callable[[Names], Iterable[Graph]]
     groups: int = 1
-    exact: Block[Graph] | None = None
+    exact: Exact[Graph] | None = None
 
     def block(self, names: Names, v: Tree) -> Tree:
         """Return the block times v; tensors without a part are absent."""
@@ -242,40 +243,54 @@ class Part(Generic[Graph]):
 
     def blocks(self, vectors: Mapping[Names, Tree]) -> Tree:
         """Return the products of several blocks, of tensors that no two share."""
-        return self._sure(
-            lambda product: {n: t for names, v in vectors.items() for n, t in self._block(product, names, v).items()}
-        )
+        return self._sure(lambda exact: self._blocks(vectors, exact))
 
     def each(self, names: Names, v: Tree) -> Tree:
         """Return each group's block times a vector of its own; a first axis counts the groups if there are several."""
         if self.groups == 1:
             return self.block(names, v)
-        return self._sure(lambda product: self._each(product, names, v))
+        return self._sure(lambda exact: self._each(names, v, exact))
 
-    def _sure(self, image: Callable[[Block[Graph]], Tree]) -> Tree:
-        found = image(self.product)
+    def _sure(self, image: Callable[[Exact[Graph]], Tree]) -> Tree:
+        found = image(_itself)
         return found if self.exact is None or _finite(found) else image(self.exact)
 
-    def _block(self, product: Block[Graph], names: Names, v: Tree) -> Tree:
+    def _blocks(self, vectors: Mapping[Names, Tree], exact: Exact[Graph]) -> Tree:
         total: Tree = {}
-        for graph in self.graphs(names):
-            for name, tensor in product(graph, names, v, False).items():
-                total[name] = total[name] + tensor if name in total else tensor
-            del graph  # before the next is made
+        for graphs, layers in self._together(vectors):
+            for made in graphs:
+                graph = exact(made)
+                for names in layers:
+                    for name, tensor in self.product(graph, names, vectors[names], False).items():
+                        total[name] = total[name] + tensor if name in total else tensor
+                del made, graph  # before the next is made
         return total
 
-    def _each(self, product: Block[Graph], names: Names, v: Tree) -> Tree:
+    def _together(self, vectors: Iterable[Names]) -> Iterable[tuple[Iterable[Graph], list[Names]]]:
+        """Return graphs with all that is asked of them: what is made anew for each walk is made once."""
+        found: dict[int, tuple[Iterable[Graph], list[Names]]] = {}
+        for names in vectors:
+            graphs = self.graphs(names)
+            found.setdefault(id(graphs), (graphs, []))[1].append(names)
+        return found.values()
+
+    def _each(self, names: Names, v: Tree, exact: Exact[Graph]) -> Tree:
         total: Tree = {}
-        for graph in self.graphs(names):
+        for made in self.graphs(names):
+            graph = exact(made)
             some = slice(graph.groups.start, graph.groups.stop)
             mine = {name: v[name][some] for name in names}
-            for name, tensor in product(graph, names, mine, True).items():
+            for name, tensor in self.product(graph, names, mine, True).items():
                 if len(tensor) == self.groups:  # of the whole batch: nothing to add to
                     total[name] = tensor
                 else:
                     total.setdefault(name, torch.zeros_like(v[name]))[some] += tensor
-            del graph
+            del made, graph
         return total
+
+
+def _itself(graph: Graph) -> Graph:
+    return graph
 
 
 def _finite(tree: Tree) -> bool:

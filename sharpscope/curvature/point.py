@@ -125,9 +125,9 @@ class Point:
         return self._place.grouping
 
     @property
-    def graph_bytes(self) -> int:
-        """What the largest graph of a batch keeps, of those that were measured."""
-        return self._graphs.largest
+    def graph_bytes(self) -> tuple[int, ...]:
+        """What the graphs of the first batches keep, of those that were measured: all kept ones, and one more."""
+        return tuple(self._graphs.measured)
 
     @cached_property
     def _above(self) -> dict[str, float]:
