@@ -61,7 +61,7 @@ def axpy(scale: float, x: Tree, y: Tree) -> Tree:
     return {name: torch.add(tensor, x[name], alpha=scale) for name, tensor in y.items()}
 
 
-def scaled(a: Tree, factor: float) -> Tree:
+def scaled(a: Tree, factor: float | Tensor) -> Tree:
     """Return ``factor * a``."""
     return {name: tensor * factor for name, tensor in a.items()}
 

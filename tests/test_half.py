@@ -16,8 +16,10 @@ from sharpscope.curvature.graphs import Part
 from sharpscope.curvature.groups import Piece
 from sharpscope.curvature.half import Half, small
 from sharpscope.curvature.point import Point
+from sharpscope.curvature.recorded import Recorder
 from sharpscope.curvature.route import Route, near, route
 from sharpscope.curvature.smooth import smooth
+from sharpscope.curvature.workspace import _recorded_graph
 from sharpscope.losses import cross_entropy
 from sharpscope.measures import MEASURES
 from sharpscope.network import network
@@ -136,6 +138,60 @@ def test_the_scale_is_moved_to_where_cotangents_fit(loss, start):
     assert near(mine.product(names, v), plain.product(names, v), 3e-3)
     if start == 2.0**10:
         assert mine.exact is not None
+
+
+class Replaying(Recorder):
+    """A recorder without a GPU: a replay computes losses, slopes and peaks anew where they lie, not what was saved."""
+
+    def record(self, work):
+        found = work()
+
+        def replay():
+            again = work()
+            for old, new in ((found.loss, again.loss), (found.peak, again.peak)):
+                old.data.copy_(new.data)
+            for name, slope in found.slopes.items():
+                slope.data.copy_(again.slopes[name].data)
+
+        return replay, found
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_recorded_graph_moves_its_scale_to_where_cotangents_fit():
+    leaves, fn, size = leaves_of(tower()), objective(tower()), torch.tensor(1.0)
+    fn = replace(fn, loss=lambda outputs, targets: size * cross_entropy(outputs, targets))
+    piece, way, recorder = Piece(fn.batches[0], range(4)), Route(half=Half()), Replaying(torch.device("cpu"))
+    other, recorded = (_recorded_graph(fn, leaves, leaves, recorder, way, piece) for _ in range(2))
+    plain = graph(fn, leaves, leaves, piece, fused=False).gradient
+    for factor in (1.0, 1e-9, 1e-7):
+        size.fill_(factor)
+        assert recorded.renew(piece.batch)
+        assert near({n: t / factor for n, t in recorded.gradient.items()}, plain, 3e-3)
+        assert near(other.gradient, plain, 3e-3)  # which was not computed anew
+    size.fill_(float("nan"))
+    assert not recorded.renew(piece.batch)
+
+
+@needs_gpu
+def test_points_recorded_in_float16_follow_a_loss_that_falls(monkeypatch, recwarn):
+    monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
+    net, size = tower().cuda(), torch.tensor(1.0, device="cuda")
+    fn = objective(net, batches=2)
+    on_device = tuple(b.to(torch.device("cuda")) for b in fn.batches)
+    fn = replace(fn, batches=on_device, loss=lambda outputs, targets: size * cross_entropy(outputs, targets))
+    names, workspace_, weights = list(leaves_of(net)), workspace.Workspace(), dict(net.named_parameters())
+    with matmul_precision("high"):
+        for factor in (1.0, 1.0, 1e-9, 1e-7):
+            size.fill_(factor)
+            point = Point(fn, weights, names, workspace=workspace_)
+            with matmul_precision("highest"):
+                true = Point(replace(fn), weights, names)
+            v = rademacher(true.gradient, 6)
+            assert next(iter(point._graphs)).exact is not None
+            for _ in range(3):
+                assert near(point.product(v), true.product(v), 5e-3)
+    assert workspace_._recorder.on
+    assert not [w for w in recwarn if "recorded" in str(w.message)]
 
 
 @pytest.mark.usefixtures("forced")

@@ -18,6 +18,7 @@ from sharpscope.curvature.smooth import smooth
 from sharpscope.objective import Batch, Objective
 from sharpscope.tree import Tree, scaled
 
+Scale = float | Tensor
 TRIES = 4  # scales of the loss
 
 
@@ -29,7 +30,7 @@ class GradientGraph:
     slopes: Tree  # the gradient by each view; tensors the loss does not touch are absent
     views: Views
     products: Products
-    scale: float = field(default=1.0, kw_only=True)  # of the loss in the graph, and of the slopes
+    scale: Scale = field(default=1.0, kw_only=True)  # of the loss in the graph, and of the slopes
     # The same in float32, where this is in float16.
     exact: Callable[[], GradientGraph] | None = field(default=None, kw_only=True)
 
@@ -47,7 +48,7 @@ class GradientGraph:
     def gradient(self) -> Tree:
         """The gradient by the weights, without its graph."""
         found = self.views.shaped(self.slopes, [slope.detach() for slope in self.slopes.values()], False)
-        return found if self.scale == 1 else scaled(found, 1 / self.scale)
+        return found if self.exact is None else scaled(found, 1 / self.scale)
 
     def product(self, names: Sequence[str], v: Tree, each: bool = False) -> Tree:
         """Return what the piece adds to the block of the named tensors times v; tensors without a part are absent.
@@ -82,8 +83,8 @@ class GradientGraph:
 class RenewedGraph(GradientGraph):
     """A gradient graph that was recorded, and can be computed anew where it lies."""
 
-    renew: Callable[[Batch], None]  # for these examples and the weights as they are now
-    peak: Tensor | None = field(default=None, kw_only=True)  # as `Differentiated` has it
+    # For these examples and the weights as they are now; False if its cotangents do not fit into float16.
+    renew: Callable[[Batch], bool]
 
 
 def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> GradientGraph:
@@ -92,7 +93,7 @@ def plain_graph(objective: Objective, weights: Tree, names: Sequence[str]) -> Gr
     return graph(objective, {**weights, **leaves}, leaves, Piece(objective.batches[0]), fused=False)
 
 
-def _in_range(product: Callable[[Tree], Tree], scale: float, v: Tree) -> Tree:
+def _in_range(product: Callable[[Tree], Tree], scale: Scale, v: Tree) -> Tree:
     """Return a product with a graph in float16, with vectors and images of a size that it has numbers for."""
     shrunk = small(list(v.values()))
     found = product({name: tensor * shrunk for name, tensor in v.items()})
@@ -109,18 +110,18 @@ class Differentiated(NamedTuple):
 
 
 def differentiated(
-    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True, half: Half | None = None
+    objective: Objective, weights: Tree, leaves: Tree, piece: Piece, *, fused: bool = True, scale: Scale | None = None
 ) -> Differentiated:
-    """Return the gradient of the piece by the leaves; with ``half`` in float16 at its scale."""
+    """Return the gradient of the piece by the leaves; with a scale of the loss in float16."""
     views = Views.of(leaves, piece)
 
     def part(own: Tree, batch: Batch) -> Tensor:
         return objective.part({**weights, **own}, batch)
 
     peaks: list[Tensor] = []
-    with torch.enable_grad(), smooth(on=fused, batched=views.several, peaks=None if half is None else peaks):
+    with torch.enable_grad(), smooth(on=fused, batched=views.several, peaks=None if scale is None else peaks):
         loss = mapped(part, views.tensors, piece).sum() if views.several else part(leaves, piece.batch)
-        target = loss if half is None else loss * half.scale
+        target = loss if scale is None else loss * scale
         found = torch.autograd.grad(target, list(views.tensors.values()), create_graph=True, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
     slopes = {name: tensor for name, tensor in pairs if tensor is not None}
@@ -135,7 +136,7 @@ def graph(
     for _ in range(TRIES if half else 0):
         assert half is not None
         scale = half.scale
-        found = differentiated(objective, weights, leaves, piece, fused=fused, half=half)
+        found = differentiated(objective, weights, leaves, piece, fused=fused, scale=scale)
         if found.peak is None:
             break
         if half.holds(float(found.peak)):

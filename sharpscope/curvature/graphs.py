@@ -130,8 +130,8 @@ class Graphs(Generic[Graph]):
     def _again(self, piece: Piece) -> Graph:
         return self._make(piece)
 
-    def renew(self) -> None:
-        """Compute the kept graphs anew where they lie; here none can be, see the workspace."""
+    def renew(self) -> bool:
+        """Compute the kept graphs anew where they lie, and return whether they can be; see the workspace."""
         raise NotImplementedError
 
     def _make(self, piece: Piece) -> Graph:

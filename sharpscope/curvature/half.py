@@ -30,8 +30,8 @@ SUMS = frozenset(["add", "__add__", "__radd__", "sub", "__sub__", "__rsub__"])
 class Half:
     """The scale of losses whose cotangents are stored in float16, moved as they ask for."""
 
-    def __init__(self) -> None:
-        self.scale = 2.0**10
+    def __init__(self, scale: float = 2.0**10) -> None:
+        self.scale = scale
 
     def holds(self, peak: float) -> bool:
         """Return whether cotangents of which that is the largest fit; else the next graph has another scale."""

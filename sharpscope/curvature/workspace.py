@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sharpscope.curvature.gradient import GradientGraph, RenewedGraph, differentiated, graph
+from sharpscope.curvature.gradient import TRIES, GradientGraph, RenewedGraph, differentiated, graph
 from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
 from sharpscope.curvature.groups import Grouping, Piece, grouping
+from sharpscope.curvature.half import Half
 from sharpscope.curvature.recorded import Products, Recorder, shortened
 from sharpscope.curvature.route import Route, route
 from sharpscope.objective import Batch, Objective, restored
@@ -176,8 +177,7 @@ class Workspace:
         """Bring the place to other weights; return whether the first batch's loss is the one that is had unrecorded."""
         for name, tensor in place.weights.items():
             tensor.data.copy_(weights[name])  # .data: autograd takes no notice, as the graphs are renewed
-        place.graphs.renew()
-        if place.route.half and not all(place.route.half.holds(float(kept.peak)) for kept in place.graphs.kept):
+        if not place.graphs.renew():
             return False
         for kept, batch in zip(place.graphs.kept[:1], place.objective.own_batches, strict=False):
             with torch.no_grad():
@@ -198,9 +198,8 @@ class _InPlace(Graphs[RenewedGraph]):
         super().__init__(make, batches, weights.values(), budget)
         self._spare: dict[int, RenewedGraph] = {}
 
-    def renew(self) -> None:
-        for kept, (piece,) in zip(self.kept, self._batches, strict=False):
-            kept.renew(piece.batch)
+    def renew(self) -> bool:
+        return all(kept.renew(piece.batch) for kept, (piece,) in zip(self.kept, self._batches, strict=False))
 
     def _first(self, piece: Piece) -> RenewedGraph:
         graph = super()._first(piece)
@@ -233,19 +232,28 @@ def _warm_up(make: Callable[[Piece], GradientGraph], piece: Piece) -> None:
 def _recorded_graph(
     objective: Objective, weights: Tree, leaves: Tree, recorder: Recorder, way: Route, piece: Piece
 ) -> RenewedGraph:
-    examples = replace(piece, batch=piece.batch.copy())
-    make, half = partial(differentiated, objective, weights, leaves, fused=way.fused, half=way.half), way.half
+    examples, fused = replace(piece, batch=piece.batch.copy()), way.fused
+    # Where losses fall along a path cotangents leave float16's range: what is recorded reads its scale from memory.
+    half = None if way.half is None else Half(way.half.scale)
+    scale = None if half is None else torch.tensor(half.scale, device=piece.batch.targets.device)
 
-    def renew(batch: Batch) -> None:
+    def renew(batch: Batch) -> bool:
         with recorder.stream():
             examples.batch.take(batch)
-            replay()
+            for _ in range(TRIES):
+                replay()
+                if half is None or scale is None or found.peak is None or half.holds(float(found.peak)):
+                    return True
+                scale.data.fill_(half.scale)  # .data: autograd takes no notice
+        return False
 
     with recorder.stream():
-        replay, found = recorder.record(lambda: make(examples))
+        replay, found = recorder.record(
+            lambda: differentiated(objective, weights, leaves, examples, fused=fused, scale=scale)
+        )
     renew(piece.batch)
     products = Products(recorder, len(piece.batch.targets))
-    if half is None:
+    if scale is None:
         return RenewedGraph(*found[:3], products, renew)
-    exact = partial(graph, objective, weights, leaves, examples, fused=way.fused)
-    return RenewedGraph(*found[:3], products, renew, peak=found.peak, scale=half.scale, exact=exact)
+    exact = partial(graph, objective, weights, leaves, examples, fused=fused)
+    return RenewedGraph(*found[:3], products, renew, scale=scale, exact=exact)
