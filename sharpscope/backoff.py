@@ -1,4 +1,4 @@
-"""What is done where memory runs out: nothing is kept, then batches are computed in ever smaller pieces."""
+"""What is done where memory runs out: less is kept, then nothing, then batches are computed in ever smaller pieces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from sharpscope.curvature.workspace import NONE, Kept
 from sharpscope.errors import MeasurementError
 from sharpscope.job import Job
 from sharpscope.table import Cell
@@ -32,15 +33,17 @@ def that_fit(job: Job, cells: Callable[[], Iterator[Cell]], where: str, say: Cal
             if not is_out_of_memory(error):
                 raise
             job.team.give_up(error)
+            kept = job.workspace.kept  # while the error holds them
         # Outside the block: the error holds the frames, and so the graphs, that are to be freed.
-        say(back_off(job, where))
+        say(back_off(job, where, kept))
 
 
-def back_off(job: Job, where: str) -> str:
+def back_off(job: Job, where: str, kept: Kept = NONE) -> str:
     """Make the job take less memory; return what was done, which is also among its warnings.
 
-    First no graph is kept, then every batch is computed in 2, 4, ... pieces. Probes go with batches as before, so the
-    numbers stay as they were, up to the rounding of sums that are taken in another order.
+    First half of the graphs that were kept are, then half of these, at last none; then every batch is computed in
+    2, 4, ... pieces. Probes go with batches as before, so the numbers stay as they were, up to the rounding of sums
+    that are taken in another order.
 
     Raises
     ------
@@ -48,7 +51,10 @@ def back_off(job: Job, where: str) -> str:
         If batches are single examples already, or the loss couples the examples of a batch.
     """
     pieces, coupled = job.objective.pieces, job.objective.coupled
-    if job.graph_bytes != 0:
+    if job.graph_bytes != 0 and kept.graphs > 1:
+        half = kept.graphs // 2
+        job.graph_bytes, done = kept.nbytes * half // kept.graphs, f"{half} of {kept.graphs} gradient graphs are kept"
+    elif job.graph_bytes != 0:
         job.graph_bytes, done = 0, "gradient graphs are made anew for each product"
     elif coupled or pieces >= max(len(batch.targets) for batch in job.objective.batches):
         least = "a batch, which a contrastive loss needs whole" if coupled else "one example at a time"

@@ -130,6 +130,22 @@ def test_a_scan_that_runs_out_of_memory_goes_on_in_pieces_with_the_same_probes()
     np.testing.assert_allclose(found.evals["value"], plain.evals["value"], rtol=1e-6)  # kept in single precision
 
 
+def test_a_scan_that_runs_out_of_memory_keeps_half_of_its_graphs_first(monkeypatch):
+    plain, made_first = scanned(), Graphs._first
+
+    def first(graphs, piece):
+        if len(graphs.kept) == 2:
+            raise torch.OutOfMemoryError("the third")
+        return made_first(graphs, piece)
+
+    monkeypatch.setattr(Graphs, "_first", first)
+    found = scanned()
+    assert [note for note in found.meta["warnings"] if "out of memory" in note] == [
+        "out of memory at alpha 0: from there on 1 of 2 gradient graphs are kept; numbers change by rounding only"
+    ]
+    np.testing.assert_allclose(found.layers["value"], plain.layers["value"], rtol=1e-9)
+
+
 def test_a_scan_for_which_one_example_is_too_much_ends_with_a_sentence(monkeypatch):
     class Full(Point):
         def parts(self):

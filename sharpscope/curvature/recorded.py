@@ -81,6 +81,9 @@ class Recorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = work()
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # nothing more goes where a recording was broken off
+                raise
             finally:
                 graph.capture_end()
         return graph.replay, result

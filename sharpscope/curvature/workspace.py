@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from sharpscope.objective import Batch, Objective, restored
 from sharpscope.tree import Tree, select
 
 How = tuple[Grouping, Route]  # in which groups, and in which way
+
+
+class Kept(NamedTuple):
+    """Graphs that are kept, and the bytes that they take."""
+
+    graphs: int
+    nbytes: int
+
+
+NONE = Kept(0, 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,13 @@ class Workspace:
         self._points = 0
         self._recorder: Recorder | None = None
         self._tried: tuple[Objective, Grouping, Route] | None = None
+        self._graphs: Callable[[], Graphs[Any] | None] = lambda: None  # the last, while a point has them
+
+    @property
+    def kept(self) -> Kept:
+        """What the point that was made last keeps, if it is still there."""
+        graphs = self._graphs()
+        return NONE if graphs is None else Kept(len(graphs.kept), graphs.kept_bytes)
 
     def clear(self) -> None:
         """Let go of the memory."""
@@ -83,6 +101,11 @@ class Workspace:
 
     def place(self, objective: Objective, weights: Tree, names: Sequence[str], graph_bytes: int | None) -> Place:
         """Return the place for the objective at these weights."""
+        found = self._place(objective, weights, names, graph_bytes)
+        self._graphs = weakref.ref(found.graphs)
+        return found
+
+    def _place(self, objective: Objective, weights: Tree, names: Sequence[str], graph_bytes: int | None) -> Place:
         device = weights[names[0]].device
         if self._recorder is None:
             self._recorder = Recorder(device if self._recording else torch.device("cpu"))
