@@ -23,6 +23,7 @@ from sharpscope.curvature.groups import at_once
 from sharpscope.curvature.half import HALF, in_float32, is_taken
 from sharpscope.curvature.layer_norm import layer_norm
 from sharpscope.curvature.linear import linear
+from sharpscope.curvature.multi_head import self_attention
 from sharpscope.curvature.patches import along_patches
 
 
@@ -62,6 +63,9 @@ class _Smooth(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
+        if name == "multi_head_attention_forward" and (attend := self_attention(*args, **kwargs)):
+            with self:
+                return attend(args[0]), None
         asked = None
         if name == "scaled_dot_product_attention" and args:
             asked = plain(*args, **kwargs)
