@@ -88,8 +88,8 @@ def test_attention_as_torch_is_asked_for_it_takes_the_closed_form(how):
     assert type(node).__name__ == "_AttentionBackward"
 
 
-@pytest.mark.parametrize("how", [{"is_causal": True}, {"attn_mask": torch.ones(3, 3, dtype=torch.bool)}])
-def test_masked_attention_is_left_to_torch(how):
+@pytest.mark.parametrize("how", [{"dropout_p": 0.1}, {"attn_mask": torch.ones(3, 3, requires_grad=True)}])
+def test_attention_with_dropout_or_a_mask_that_is_learnt_is_left_to_torch(how):
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
     with smooth(), sdpa_kernel(SDPBackend.MATH):
         assert type(F.scaled_dot_product_attention(q, q, q, **how).grad_fn).__name__ != "_AttentionBackward"

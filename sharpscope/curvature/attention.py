@@ -9,7 +9,7 @@ a, b, c come back through
 
     D = scale (a k' + q b'),  U = D - rows(P D),  E = P U,  F = T U + g c',  W = P (F - rows(P F))
 
-as E v + P c for g, E' g for v, scale (W k + dS b) for q and scale (W' q + dS' a) for k.
+as E v + P c for g, E' g for v, scale (W k + dS b) for q and scale (W' q + dS' a) for k. A mask changes P alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from sharpscope.curvature.fusion import Fused, kernels, wide
 from sharpscope.curvature.passes import leave, left, unheard
@@ -111,15 +112,27 @@ def _gradients(
     return found if more is None else tuple(own.add_(part) for own, part in zip(found, more, strict=True))
 
 
+def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return P; a mask is broadcast, and rows in which all is masked are zero, as torch has them."""
+    if mask is None:
+        return torch.softmax(scores, -1)
+    allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+    scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, shape: torch.Size
+    ) -> Tensor:
         ctx.scale = scale
-        if triton := _kernels(q, k, v):
+        if mask is None and (triton := _kernels(q, k, v)):
             ctx.save_for_backward(q, k, v, None)
             found: Tensor = triton.attention(q, k, v, scale)
             return found
-        p = torch.softmax(wide(torch.bmm(q, k.mT)) * scale, -1).to(q.dtype)
+        scores = wide(torch.bmm(q, k.mT)) * scale
+        p = _weights(scores.view(*shape, *scores.shape[1:]), mask).view_as(scores).to(q.dtype)
         ctx.save_for_backward(q, k, v, p)
         return torch.bmm(p, v)
 
@@ -128,29 +141,38 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_Slope.apply(g, q, k, v, p, ctx, left(ctx)), None  # type: ignore[no-untyped-call]
+            return *_Slope.apply(g, q, k, v, p, ctx, left(ctx)), None, None, None  # type: ignore[no-untyped-call]
         # A product's way down, which nothing differentiates.
         if p is None:
-            return *_in_kernel(g, q, k, v, left(ctx), ctx.scale), None
+            return *_in_kernel(g, q, k, v, left(ctx), ctx.scale), None, None, None
         g = g.contiguous()
-        return *_gradients(g, q, k, p, _slope(p, torch.bmm(g, v.mT)), left(ctx), ctx.scale), None
+        return *_gradients(g, q, k, p, _slope(p, torch.bmm(g, v.mT)), left(ctx), ctx.scale), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return ``softmax(scale q k') v``, shapes (..., tokens, width), differentiable twice."""
-    if _kernels(q, k, v):
-        found: Tensor = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
-        return found
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Return ``softmax(scale q k' + mask) v``, shapes (..., tokens, width), differentiable twice.
+
+    A mask is a constant that is broadcast, of numbers or of what is not masked.
+    """
     shape = q.shape[:-2]
+    if mask is None and _kernels(q, k, v):
+        found: Tensor = _Attention.apply(q, k, v, scale, None, shape)  # type: ignore[no-untyped-call]
+        return found
     q, k, v = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v))  # else every product copies them
-    found = _Attention.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    found = _Attention.apply(q, k, v, scale, mask, shape)  # type: ignore[no-untyped-call]
     return found.view(*shape, *found.shape[1:])
 
 
-def attention_of_groups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention_of_groups(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Return :func:`attention` with groups along a first axis more."""
-    found = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
-    return found.view(*q.shape[:2], *found.shape[1:])
+    if mask is None:
+        found = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
+        return found.view(*q.shape[:2], *found.shape[1:])
+    mask = mask.view(len(mask), *(1,) * (q.dim() - mask.dim()), *mask.shape[1:])
+    if mask.requires_grad:  # which no mode sees within `vmap`
+        q, k, v = wide(q), wide(k), wide(v)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return attention(q, k, v, scale, mask)
 
 
 def plain(
@@ -162,11 +184,26 @@ def plain(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Return the arguments of :func:`attention` if torch's ``scaled_dot_product_attention`` is asked for just that."""
-    special = attn_mask is not None or dropout_p or is_causal or enable_gqa
-    if special or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None] | None:
+    """Return the arguments of :func:`attention` if that is what ``scaled_dot_product_attention`` is asked for.
+
+    That is without dropout, without heads in groups, and with a mask that is a constant.
+    """
+    if dropout_p or enable_gqa or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return None
     if not query.dtype == key.dtype == value.dtype:
         return None
-    return query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+    mask = attn_mask
+    if is_causal and mask is None:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    elif mask is not None and (is_causal or not _is_constant(mask, query, key)):
+        return None
+    return query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, mask
+
+
+def _is_constant(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Return whether the mask is one that torch takes, is broadcast to the scores and asks for no gradient."""
+    known = mask.dtype in (torch.bool, query.dtype) or query.dtype == torch.float16
+    sizes = zip(mask.shape[::-1], (key.shape[-2], *query.shape[-2::-1]), strict=False)
+    fits = mask.dim() <= query.dim() and all(size in (1, whole) for size, whole in sizes)
+    return known and fits and not mask.requires_grad
