@@ -306,7 +306,18 @@ class Attending(Block):
         return x + (p @ v).squeeze(1)
 
 
-@pytest.mark.parametrize("block", [Odd, Attending])
+class Causal(Block):
+    """Attention under masks, as a text tower has it."""
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.ln_1(x)).chunk(3, -1))
+        mask = torch.full((x.shape[1], x.shape[1]), -float("inf")).triu(1)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(F.scaled_dot_product_attention(q, h, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(self.act(self.up(self.ln_2(x))))
+
+
+@pytest.mark.parametrize("block", [Odd, Attending, Causal])
 @pytest.mark.usefixtures("forced")
 def test_what_float16_does_not_go_through_is_in_float32(block):
     mine, names = graphs(tower(block=block), 1, Half())
