@@ -30,12 +30,14 @@ from sharpscope.detectors import (
     SharpnessDetector,
     StragglerDetector,
     read_rules,
+    rules,
     rules_from,
 )
 from sharpscope.detectors.documents import as_json, junit, markdown
 from sharpscope.detectors.rules import SHARPNESS
 from sharpscope.errors import GateError, MeasurementError, UsageError
 from sharpscope.measures import MEASURES
+from sharpscope.result import ScanResult
 from sharpscope.table import Cell, Row
 
 ONE, OTHER = pair(30, 10, 100, 60)  # shares .65 and .55
@@ -224,6 +226,20 @@ def test_keep_id_moves_the_candidate_and_stands_above_the_rules(scan):
     assert kept.score == scan.recommend(0).alpha > 0.4
     versus = {**CHANGE, "split": "mean OOD", "model": "candidate", "versus": "uniform best", "max_change": 0}
     assert check(scan, {"keep_id": 0, "rules": [versus]}).checks[0].finding.score < 0
+
+
+def test_thousands_of_rules_ask_for_the_candidate_once_and_for_their_checker_once(monkeypatch):
+    asked, made = [], []
+    recommend, adapter = ScanResult.recommend, rules.TypeAdapter
+    monkeypatch.setattr(ScanResult, "recommend", lambda self, keep: asked.append(keep) or recommend(self, keep))
+    monkeypatch.setattr(rules, "TypeAdapter", lambda kind: made.append(kind) or adapter(kind))
+    rules._adapter.cache_clear()
+    many = [{"id": str(i), "measure": "accuracy", "split": "scans", "min": i, "keep_id": -(i % 2)} for i in range(1, 9)]
+    found = check(planted(), {"rules": many})
+    assert (asked, made) == ([-1, 0], [EvaluationDetector])
+    assert [one.finding.score for one in found.checks[:3]] == [
+        finding(planted(), **{k: v for k, v in rule.items() if k != "id"}).score for rule in many[:3]
+    ]
 
 
 @pytest.mark.parametrize("measure", ["loss", "confidence"])

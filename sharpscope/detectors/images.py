@@ -64,7 +64,7 @@ def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> flo
     the one recommended whatever it costs on ID.
     """
     if name in CHOSEN:
-        return result.recommend(keep_id if name == CANDIDATE else None).alpha
+        return _recommended(result, keep_id if name == CANDIDATE else None)
     wanted = ENDS.get(name, _number(name))
     scanned = sorted(map(float, result.meta["alphas"]))
     near = min(scanned, key=lambda alpha: abs(alpha - wanted), default=None)  # type: ignore[operator]
@@ -74,6 +74,14 @@ def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> flo
             f"{name!r} was not scanned; alphas: {known}", f"nearest: 'alpha {near:g}'" if scanned else None
         )
     return near
+
+
+def _recommended(result: ScanResult, keep_id: float | None) -> float:
+    """Return the recommended alpha, kept with the result as its tables are: every rule about the candidate asks."""
+    known: dict[float | None, float] = vars(result).setdefault("_recommended", {})
+    if keep_id not in known:
+        known[keep_id] = result.recommend(keep_id).alpha
+    return known[keep_id]
 
 
 def splits_of(result: ScanResult, name: str) -> list[str]:

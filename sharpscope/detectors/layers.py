@@ -150,9 +150,9 @@ class SharpnessDetector:
 
 def _row(result: ScanResult, alpha: float, measure: str, layer: str) -> tuple[Row, np.ndarray | None]:
     """Return the row and its samples."""
-    known = list(dict.fromkeys([*result.meta["layers"], MODEL]))
-    if layer not in known:
-        raise UsageError(f"layer {layer!r} is not in this scan", nearest(layer, known))
+    known = result.meta["layers"]
+    if layer not in known and layer != MODEL:
+        raise UsageError(f"layer {layer!r} is not in this scan", nearest(layer, [*known, MODEL]))
     key = cell_key(alpha, result.curvature_split, measure)
     cell = next((cell for cell in result.cells if cell.key == key), None)
     row = next((row for row in cell.rows if row.layer == layer), None) if cell else None

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -191,7 +192,7 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
             raise UsageError(f"{name!r} is no key of this rule", nearest(name, [*allowed, *_HEAD]))
     if hasattr(factory, "__dataclass_fields__"):
         _check_numbers(factory, settings)
-        made: Detector = TypeAdapter(cast(Any, factory)).validate_python(settings)
+        made: Detector = _adapter(factory).validate_python(settings)
         return made
     try:
         inspect.signature(factory).bind(**settings)
@@ -200,6 +201,12 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
             f"the detector cannot be made: {error}", f"its keys: {', '.join(allowed) or 'none'}"
         ) from error
     return factory(**settings)
+
+
+@cache
+def _adapter(factory: Callable[..., Detector]) -> TypeAdapter[Any]:
+    """Return what checks the types of a dataclass: making it takes a millisecond, and a gate may have thousands."""
+    return TypeAdapter(cast(Any, factory))
 
 
 def _check_numbers(factory: Callable[..., Detector], settings: Mapping[str, Any]) -> None:
