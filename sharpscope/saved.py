@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ import numpy as np
 from sharpscope import journal
 from sharpscope.errors import OutputError, UsageError
 from sharpscope.home import at_home
-from sharpscope.journal import replace_text
 from sharpscope.leftovers import TABLES, meta_in, read_meta, remove_page
 from sharpscope.recipe import CONVENTION
 from sharpscope.result import ScanResult
+from sharpscope.storage import writing
 from sharpscope.stragglers.effects import keys_of_moves
 from sharpscope.stragglers.recipes import keys_of_trials
 from sharpscope.table import MODEL, Cell, cell_key
 
+META, CORRECT = "scan.json", "correct.npz"
 _ANSWERS = ("correct", "confidence", "loss")  # that an evaluation keeps of each image; others the first of them
 _AGAIN = "run the same scan again: it resumes, and writes its result anew"
 
@@ -29,21 +32,47 @@ def save(result: ScanResult, out: Path) -> Path:
     out = at_home(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; a scan is a folder of files", "save(FOLDER)")
-    tables = {name: getattr(result, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
-    out.mkdir(parents=True, exist_ok=True)
-    if meta_in(out).get("plan") not in (None, result.meta["plan"]):
-        remove_page(out)
-    (out / "scan.json").unlink(missing_ok=True)
+    texts = {f"{name}.csv": getattr(result, name).to_csv(index=False) for name in TABLES}  # takes long: before all else
     header = json.dumps({"format": journal.FORMAT, "plan": result.meta["plan"]})
-    lines = [header, *map(journal.encode, result.cells)]
-    replace_text(out / "cells.jsonl", "\n".join(lines) + "\n")
-    for name, text in tables.items():
-        replace_text(out / f"{name}.csv", text)
-    arrays: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in result.correct.items()}
-    np.savez_compressed(out / "correct.part.npz", **arrays)
-    (out / "correct.part.npz").replace(out / "correct.npz")
-    replace_text(out / "scan.json", json.dumps(result.meta, indent=1))
+    texts["cells.jsonl"] = "\n".join([header, *map(journal.encode, result.cells)]) + "\n"
+    texts[META] = json.dumps(result.meta, indent=1)
+    with writing(out), _beside(out, [CORRECT, *texts]) as places:
+        _write(places, texts, result)
+        if meta_in(out).get("plan") not in (None, result.meta["plan"]):
+            remove_page(out)
+        (out / META).unlink(missing_ok=True)  # a kill from here on leaves no scan rather than parts of two
+        for name, place in places.items():
+            place.replace(out / name)
     return out
+
+
+@contextmanager
+def _beside(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Give a place beside each file of the folder, in this order; none is left, nor a new folder that stays empty."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    places = {name: out / f"{name}.part" for name in names}
+    try:
+        yield places
+    finally:
+        for place in places.values():
+            place.unlink(missing_ok=True)
+        if new:
+            with suppress(OSError):  # it holds the scan
+                out.rmdir()
+
+
+def _write(places: Mapping[str, Path], texts: Mapping[str, str], result: ScanResult) -> None:
+    """Write all files to their places, down to the disk: what it has no room for is known before one is replaced."""
+    answers: dict[str, Any] = {f"{alpha!r}|{split}": found for (alpha, split), found in result.correct.items()}
+    for name, place in places.items():
+        with place.open("wb") as file:
+            if name == CORRECT:
+                np.savez_compressed(file, **answers)
+            else:
+                file.write(texts[name].encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def open_result(folder: str | Path) -> ScanResult:

@@ -91,6 +91,7 @@ def test_the_names_of_open_clip_and_back_are_the_same_bits(tmp_path):
     ("arguments", "problem"),
     [
         (["nowhere.pt", "--out", "a.safetensors"], "there is no file nowhere.pt"),
+        (["here.pt", "--out", ""], "--out . names no file"),
         (["here.pt", "--out", "a.pt"], "--out a.pt is no .safetensors file"),
         (["here.pt", "--out", "there.safetensors"], "there.safetensors exists"),
         (["here.pt", "--out", "a.safetensors", "--to", "jax"], "--to jax is no library"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -175,6 +176,44 @@ def test_a_device_that_takes_nothing_is_said_and_no_file_is_written(world):
     assert everything(world) == before
     assert not (world / "new").exists()
     assert (world / "full").is_char_device()
+
+
+def test_a_disk_with_room_for_one_document_gets_none(world, monkeypatch):
+    def full(_):
+        turns.append(_)
+        if len(turns) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    turns = []
+    (world / "a.json").write_text("old")
+    before = everything(world)
+    monkeypatch.setattr(os, "fsync", full)
+    done = run(*CHECK, "--json", "a.json", "--md", "b.md")
+    assert done.exit_code == UsageError.exit_code
+    assert "cannot be written: No space left on device\n  fix: " in done.output
+    assert everything(world) == before
+
+
+@pytest.mark.parametrize(("place", "said"), [("", "to '', which is no file"), (".", "it is a folder"), ("/", "folder")])
+def test_what_names_no_file_is_no_place_for_a_document(world, place, said):
+    before = everything(world)
+    done = run(*CHECK, "--json", place)
+    assert done.exit_code == UsageError.exit_code
+    assert said in done.output
+    assert everything(world) == before
+
+
+def test_a_part_of_somebody_elses_stays_where_nothing_is_written(world):
+    (world / "scan" / "x.part").write_text("mine")
+    assert run(*CHECK, "--json", "scan", "--md", "scan/x").exit_code == UsageError.exit_code
+    assert (world / "scan" / "x.part").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_mistake_that_stderr_does_not_take_is_no_failed_gate(world):
+    words = [sys.executable, "-m", "sharpscope", "check", "gone", "--rules", "r.toml"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(words, stderr=full, timeout=60).returncode == UsageError.exit_code
 
 
 @pytest.mark.parametrize(("limit", "code"), [(10, 0), (99, 1)])

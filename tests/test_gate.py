@@ -30,12 +30,14 @@ from sharpscope.detectors import (
     SharpnessDetector,
     StragglerDetector,
     read_rules,
+    rules,
     rules_from,
 )
 from sharpscope.detectors.documents import as_json, junit, markdown
 from sharpscope.detectors.rules import SHARPNESS
 from sharpscope.errors import GateError, MeasurementError, UsageError
 from sharpscope.measures import MEASURES
+from sharpscope.result import ScanResult
 from sharpscope.table import Cell, Row
 
 ONE, OTHER = pair(30, 10, 100, 60)  # shares .65 and .55
@@ -71,7 +73,16 @@ def finding(result, **rule):
         ({"model": "alpha nan"}, "'alpha nan' is no model"),
         ({"versus": "alpha nan"}, "'alpha nan' is no model"),
         ({"severity": "warning"}, r"'severity': input should be 'error' or 'warn', found 'warning'"),
-        ({"min_change": "much"}, r"'min_change': input should be a valid number.*found 'much'"),
+        ({"min_change": "much"}, r"'min_change' is the text 'much'\n  fix: a number, without quotes"),
+        ({"min_change": "-0.5"}, "'min_change' is the text '-0.5'"),
+        ({"min_change": [1]}, r"'min_change': input should be a valid number.*found \[1\]"),
+        ({"min_change": 10**400}, "'min_change': input should be a valid number"),
+        ({"keep_id": "-1"}, "'keep_id' is the text '-1'"),
+        ({"keep_id": -1}, "keep_id = -1 changes nothing: it moves the candidate, .*about 'fine-tuned' and 'zero-shot'"),
+        ({"model": "zero-shot"}, "'zero-shot' is compared with itself, as 'zero-shot'\n  fix: another one of"),
+        ({"model": "alpha 0.0"}, "'alpha 0.0' is compared with itself, as 'zero-shot'"),
+        ({"versus": None, "min_change": None, "min": 150}, "accuracy is in percent, and its limit is 150"),
+        ({"versus": None, "min_change": None, "max": -5}, "accuracy is in percent, and its limit is -5"),
         ({"min_change": math.nan}, "accuracy has a limit that is nan\n  fix: a finite number"),
         ({"min_change": None}, "accuracy has no limit\n  fix: give min_change or max_change"),
         ({"max_change": -2}, r"min_change is -0.5, above max_change, -2"),
@@ -215,6 +226,20 @@ def test_keep_id_moves_the_candidate_and_stands_above_the_rules(scan):
     assert kept.score == scan.recommend(0).alpha > 0.4
     versus = {**CHANGE, "split": "mean OOD", "model": "candidate", "versus": "uniform best", "max_change": 0}
     assert check(scan, {"keep_id": 0, "rules": [versus]}).checks[0].finding.score < 0
+
+
+def test_thousands_of_rules_ask_for_the_candidate_once_and_for_their_checker_once(monkeypatch):
+    asked, made = [], []
+    recommend, adapter = ScanResult.recommend, rules.TypeAdapter
+    monkeypatch.setattr(ScanResult, "recommend", lambda self, keep: asked.append(keep) or recommend(self, keep))
+    monkeypatch.setattr(rules, "TypeAdapter", lambda kind: made.append(kind) or adapter(kind))
+    rules._adapter.cache_clear()
+    many = [{"id": str(i), "measure": "accuracy", "split": "scans", "min": i, "keep_id": -(i % 2)} for i in range(1, 9)]
+    found = check(planted(), {"rules": many})
+    assert (asked, made) == ([-1, 0], [EvaluationDetector])
+    assert [one.finding.score for one in found.checks[:3]] == [
+        finding(planted(), **{k: v for k, v in rule.items() if k != "id"}).score for rule in many[:3]
+    ]
 
 
 @pytest.mark.parametrize("measure", ["loss", "confidence"])
@@ -380,6 +405,32 @@ def test_the_measured_share_counts_what_converged_and_what_is_missing(scan):
     assert MeasuredDetector(min=99.9)(scan).verdict == "fail"
     assert check(planted(converged=False), [MeasuredDetector(min=0)]).exit_code == 3
     assert check(ENDS, [MeasuredDetector(min=0)]).exit_code == 3
+
+
+def test_limits_that_no_number_of_a_scan_can_meet_are_refused():
+    with pytest.raises(UsageError, match=r"measured is in percent: 0.9 means 0.9 %\n  fix: 90\?"):
+        MeasuredDetector(min=0.9)
+    with pytest.raises(UsageError, match="measured is in percent, and its limit is 120"):
+        MeasuredDetector(min=120)
+    with pytest.raises(UsageError, match="n_stragglers: max is -1, and layers are counted"):
+        StragglerDetector(max=-1)
+    with pytest.raises(UsageError, match="n_stragglers has a limit that is 1000"):
+        StragglerDetector(max=10**400)
+
+
+def test_what_changes_nothing_in_a_rule_of_sharpness_is_refused():
+    with pytest.raises(UsageError, match="'alpha 0' is compared with itself, as 'zero-shot'"):
+        SharpnessDetector(measure="trace", model="alpha 0", max_ratio=2)
+    with pytest.raises(UsageError, match="keep_id = -1 changes nothing"):
+        SharpnessDetector(measure="trace", model="fine-tuned", max=2, keep_id=-1)
+
+
+def test_what_stands_above_the_rules_is_for_those_about_the_candidate(scan):
+    alone = {"id": "a", "measure": "accuracy", "split": "scans", "model": "fine-tuned", "min": 1}
+    versus = {"id": "b", "measure": "accuracy", "split": "scans", "versus": "candidate", "max_change": 1}
+    rules = [alone, {**versus, "model": "zero-shot"}, {"id": "c", "measure": "trace", "max": 1}]
+    found = [rule.detector.keep_id for rule in rules_from({"keep_id": -1, "rules": rules}).rules]
+    assert found == [None, -1, -1]
 
 
 # --- NaN is never pass
@@ -560,7 +611,8 @@ def test_a_detector_of_another_package_is_named_in_rules(offered, scan):
     [
         ({"detector": "dept"}, r"no installed package offers a detector 'dept'\n  fix: did you mean 'depth'\?"),
         ({"detector": "depth", "limt": 3}, r"'limt' is no key of this rule\n  fix: did you mean 'limit'\?"),
-        ({"detector": "depth", "limit": "x"}, "'limit': input should be a valid integer"),
+        ({"detector": "depth", "limit": "x"}, "'limit' is the text 'x'"),
+        ({"detector": "depth", "limit": [1]}, "'limit': input should be a valid integer"),
         ({"detector": "depth"}, "'limit' is missing"),
         ({"detector": "gone"}, "test_gate:Gone cannot be loaded: module 'test_gate' has no attribute 'Gone'"),
         ({"detector": "plain"}, "the detector cannot be made: missing a required argument: 'limit'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -323,6 +324,27 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "SharpscopeError: the merge cannot be written to" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f"zs.{kind}", f"ft.{kind}"}
+
+
+def test_a_recipe_that_the_disk_has_no_room_for_leaves_no_merge_without_one(ends, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output, "write_recipe", full)
+    with pytest.raises(SharpscopeError, match=r"cannot be written to .*: No space left on device"):
+        merge(*ends, 0.5, tmp_path / "m.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"zs.safetensors", "ft.safetensors"}
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_written(ends, tmp_path):
+    with pytest.raises(UsageError, match=r"is no UTF-8.*\n  fix: choose another --out"):
+        merge(*ends, 0.5, tmp_path / "m\udcff.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"zs.safetensors", "ft.safetensors"}
+
+
+def test_an_alpha_that_no_float32_holds_is_refused(ends, tmp_path):
+    with pytest.raises(UsageError, match=r"gives 'blocks.0' the alpha 1e\+300"):
+        merge(*ends, 1e300, tmp_path / "m.safetensors")
 
 
 def test_an_error_on_the_way_leaves_the_old_merge_as_it_was(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import pytest
 from planted import ALPHAS, HOSTILE, LAYERS, SINGLE, STRAGGLER, UNUSED, planted
 
 from sharpscope.detectors import Finding
-from sharpscope.errors import UsageError
+from sharpscope.errors import OutputError, UsageError
 from sharpscope.optim.activity import COLUMNS
 from sharpscope.report.exhibits import exhibits
 from sharpscope.report.page import render, write
@@ -489,3 +490,22 @@ def test_in_a_browser_with_scripts_off_the_page_is_whole(tmp_path: Path) -> None
     dom = _browse(place, tmp_path / "profile")
     assert 'aria-sort="none"' not in dom
     assert Page(dom).text == page("full").text
+
+
+def test_a_page_that_cannot_be_written_or_drawn_is_said_and_the_other_stays(tmp_path, monkeypatch):
+    write(planted(**SMALL), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            OutputError, match=rf"{tmp_path} cannot be written: No space left on device\n  fix: make room"
+        ):
+            write(planted(**SMALL, failure=True), tmp_path)
+    monkeypatch.setattr("sharpscope.report.page.layer_table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(planted(**SMALL, failure=True), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

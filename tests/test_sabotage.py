@@ -278,7 +278,7 @@ BREAKAGES = {
         "[check scan --rules r.toml --json scan/cells.jsonl]",
     ),
     "a pipe is replaced by a file": (
-        "commands/documents.py", "(replace_text if place in files else _write_through)(place", "replace_text(place",
+        "commands/documents.py", "(_put if place in files else _write_through)(place", "_put(place",
         "test_documents.py::test_the_reader_of_a_pipe_gets_the_document_and_the_pipe_stays[command0-passed]",
     ),
     "bounds are added like standard errors": (

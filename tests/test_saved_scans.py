@@ -1,15 +1,18 @@
 """A folder is a scan when everything in it is of one scan, and whole; anything else is refused by name."""
 
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 from planted import planted
 
 import sharpscope as ss
-from sharpscope.errors import UsageError
+from sharpscope.errors import OutputError, UsageError
 from sharpscope.journal import Journal, encode, read
+from sharpscope.report.page import write
 from sharpscope.result import ScanResult
 
 FEW = {"alphas": (0.0, 0.5, 1.0), "measures": ("trace",)}
@@ -19,11 +22,22 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
+def third(rename):
+    """Return renaming that is interrupted at the third file."""
+    turns = []
+
+    def called(self, target):
+        turns.append(self)
+        return interrupted() if len(turns) == 3 else rename(self, target)
+
+    return called
+
+
 def test_a_save_that_is_cut_short_over_another_scan_leaves_none(tmp_path, monkeypatch):
     planted(**FEW).save(tmp_path)
     other = planted(**FEW, failure=True)
     with monkeypatch.context() as patch:
-        patch.setattr(np, "savez_compressed", interrupted)
+        patch.setattr(Path, "replace", third(Path.replace))
         with pytest.raises(KeyboardInterrupt):
             other.save(tmp_path)
     with pytest.raises(UsageError, match="a scan that has not finished"):
@@ -39,6 +53,28 @@ def test_a_save_that_is_cut_short_before_its_first_file_leaves_the_other_scan_wh
         with pytest.raises(KeyboardInterrupt):
             other.save(tmp_path)
     assert ss.open(tmp_path).cells == first.cells
+
+
+@pytest.mark.parametrize("file", range(7))
+def test_a_full_disk_is_said_and_leaves_the_other_scan_whole(tmp_path, monkeypatch, file):
+    def full(_):
+        turns.append(_)
+        if len(turns) > file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    first, other = planted(**FEW), planted(**FEW, failure=True)
+    write(first, first.save(tmp_path / "scan"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for place in (tmp_path / "scan", tmp_path / "new"):
+        turns = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(
+                OutputError, match=rf"{place} cannot be written: No space left on device\n  fix: make room"
+            ):
+                other.save(place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def convert(source: Path, out: Path, *, to: str | None = None, unsafe_pickle: bo
     """
     if not source.exists():
         raise UsageError(f"there is no file {source}", "a file or directory of weights")
+    if not out.name:
+        raise UsageError(f"--out {out} names no file", "--out FILE.safetensors")
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out} is no .safetensors file", f"--out {out.with_suffix('.safetensors')}")
     if out.exists():

@@ -14,7 +14,6 @@ from pathlib import Path
 from sharpscope.commands.terminal import tell
 from sharpscope.errors import UsageError
 from sharpscope.home import at_home
-from sharpscope.journal import replace_text
 
 STDOUT = "-"
 
@@ -46,23 +45,27 @@ def write_documents(texts: Sequence[tuple[str, str]], read: Iterable[Path] = ())
     UsageError
         If two places are one, a place is a file that is read, or one cannot be written.
     """
+    if any(not named for named, _ in texts):
+        raise UsageError("a document is to go to '', which is no file", "name a file, or - for stdout")
     texts = [(str(at_home(named)), text) for named, text in texts]
     _check_apart([named for named, _ in texts], [file for file in read if file.is_file()])
     places = {_target(Path(named)): text for named, text in texts if not on_stdout(named)}
     files = [place for place in places if not _is_stream(place)]
     made: list[Path] = []
+    begun: list[Path] = []
     try:
         for place in files:
             made += _made(place.parent)
             if place.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", str(place))
-            _beside(place).write_text("", encoding="utf-8")
+            begun.append(_beside(place))
+            _write_beside(place, places[place])
         for place in sorted(places, key=files.__contains__):  # streams first: a file can still be left as it was
-            (replace_text if place in files else _write_through)(place, places[place])
+            (_put if place in files else _write_through)(place, places[place])
     except BaseException as error:  # an interrupt too: a pipe that nobody reads waits for ever
-        for file in files:
+        for file in begun:
             with suppress(OSError):
-                _beside(file).unlink()
+                file.unlink()
         for folder in reversed(made):
             with suppress(OSError):
                 folder.rmdir()
@@ -109,6 +112,18 @@ def _target(place: Path) -> Path:
 def _write_through(place: Path, text: str) -> None:
     with place.open("a", encoding="utf-8") as stream:  # behind a descriptor may be a file that is not to be cut
         stream.write(text)
+
+
+def _write_beside(place: Path, text: str) -> None:
+    """Write what will be put in place, down to the disk, which may have room for one document and not for two."""
+    with _beside(place).open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put(place: Path, _: str) -> None:
+    _beside(place).replace(place)
 
 
 def _beside(place: Path) -> Path:

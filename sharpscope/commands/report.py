@@ -239,6 +239,7 @@ def measure(
         found = material(chosen, progress=progress if leads else False)
         result = _scanned(chosen, found, fresh, progress)
         if leads:
-            write_config(chosen, chosen.out)
+            with writing(Path(chosen.out)):
+                write_config(chosen, chosen.out)
             write(result, Path(chosen.out), audit=audit)
     return result

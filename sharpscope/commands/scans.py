@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,8 +28,10 @@ def demo(
     """Write the full report on an embedded pair of small CLIPs: offline, in under two minutes."""
     from sharpscope.commands.report import measure
     from sharpscope.demo import settings
+    from sharpscope.storage import writing
 
-    chosen = settings(out or OUT, "failure" if failure else "success")
+    with writing(Path(out or OUT)):  # which the images are unpacked to
+        chosen = settings(out or OUT, "failure" if failure else "success")
     show(measure(chosen, fresh=fresh, progress=False if quiet else None), chosen.out)
 
 

@@ -28,10 +28,16 @@ def rank() -> int:
 
 
 def tell(text: str | bytes, *, err: bool = False) -> None:
-    """Print a line; that its reader has gone, as ``head`` goes, is no error and changes no exit code."""
+    """Print a line; that its reader has gone, as ``head`` goes, is no error and changes no exit code.
+
+    Nor does a stderr that takes nothing, a log on a full disk: what was to be said of an error must not become another
+    one, whose exit code would be that of a gate that failed.
+    """
     try:
         typer.echo(text, err=err)
-    except BrokenPipeError:
+    except OSError as error:
+        if not (err or isinstance(error, BrokenPipeError)):
+            raise
         stream = sys.stderr if err else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else the interpreter ends on what is left to flush
 

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sharpscope.detectors.calibration import calibration, calibration_change
-from sharpscope.detectors.findings import Finding, Limits, limits
-from sharpscope.detectors.images import CHOSEN, MEAN_OOD, Examples, alpha_of, examples, model_named, splits_of
+from sharpscope.detectors.findings import Finding, Limits, check_percent, limits
+from sharpscope.detectors.images import (
+    CHOSEN,
+    MEAN_OOD,
+    Examples,
+    alpha_of,
+    check_apart,
+    check_keep_id,
+    examples,
+    model_named,
+    splits_of,
+)
 from sharpscope.detectors.intervals import (
     Estimate,
     average,
@@ -89,11 +99,11 @@ class EvaluationDetector:
             raise UsageError(f"{self.measure!r} is no measure of a data set", nearest(self.measure, EVALUATIONS))
         model_named(self.model)
         if self.versus is not None:
-            model_named(self.versus)
+            check_apart(self.model, model_named(self.versus))
+        check_keep_id(self.keep_id, self.model, self.versus)
         self._check_kind()
-        for limit in (self.min, self.max):
-            if self.measure != "loss" and limit is not None and 0 < abs(limit) < 1:
-                raise UsageError(f"{self.measure} is in percent: {limit:g} means {limit:g} %", f"{100 * limit:g}?")
+        for limit in (self.min, self.max) if self.measure != "loss" else ():
+            check_percent(self.measure, limit)
 
     def _check_kind(self) -> None:
         absolute, change = (self.min, self.max), (self.min_change, self.max_change)

@@ -128,8 +128,29 @@ def limits(what: str, low: float | None, high: float | None, names: tuple[str, s
     given = [value for value in (low, high) if value is not None]
     if not given:
         raise UsageError(f"{what} has no limit", f"give {names[0]} or {names[1]}")
-    if not all(map(math.isfinite, given)):
+    if not all(map(_is_finite, given)):
         raise UsageError(f"{what} has a limit that is {given[0] if len(given) == 1 else given}", "a finite number")
     if low is not None and high is not None and low > high:
         raise UsageError(f"{what}: {names[0]} is {low:g}, above {names[1]}, {high:g}", "exchange them")
     return Limits(-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of 400 digits
+        return False
+
+
+def check_percent(what: str, value: float | None) -> None:
+    """Raise for a limit that no percentage can reach, or that looks like a share of one.
+
+    Raises
+    ------
+    UsageError
+        Unless it is None, 0, or from 1 to 100.
+    """
+    if value is not None and 0 < abs(value) < 1:
+        raise UsageError(f"{what} is in percent: {value:g} means {value:g} %", f"{100 * value:g}?")
+    if value is not None and not 0 <= value <= 100:
+        raise UsageError(f"{what} is in percent, and its limit is {value:g}", "a limit from 0 to 100")

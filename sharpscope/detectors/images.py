@@ -19,7 +19,8 @@ Examples = Mapping[str, Array]  # "correct", "confidence", "loss" -> (n,)
 
 MEAN_OOD = "mean OOD"
 ENDS = {"zero-shot": 0.0, "fine-tuned": 1.0}
-CHOSEN = ("candidate", "uniform best")  #: models that were picked by half of the images
+CANDIDATE = "candidate"
+CHOSEN = (CANDIDATE, "uniform best")  #: models that were picked by half of the images
 MODELS = (*ENDS, *CHOSEN, "alpha 0.5")
 ALPHA = "alpha "
 
@@ -39,6 +40,23 @@ def _number(name: str) -> float | None:
     return found if math.isfinite(found) else None  # NaN is as near to one alpha as to any
 
 
+def check_apart(model: str, versus: str) -> None:
+    """Raise ``UsageError`` if two names are of the same model whatever was measured: a change of nothing is none."""
+    one, other = (ENDS.get(name, _number(name)) for name in (model, versus))
+    if model == versus or (one is not None and one == other):
+        raise UsageError(f"{model!r} is compared with itself, as {versus!r}", f"another one of {', '.join(MODELS)}")
+
+
+def check_keep_id(keep_id: float | None, *models: str | None) -> None:
+    """Raise ``UsageError`` for points of ID accuracy that a candidate may give up, where none of the models is one."""
+    if keep_id is not None and CANDIDATE not in models:
+        named = " and ".join(repr(model) for model in models if model is not None)
+        raise UsageError(
+            f"keep_id = {keep_id:g} changes nothing: it moves the {CANDIDATE}, and the rule is about {named}",
+            f"leave it out, or model = {CANDIDATE!r}",
+        )
+
+
 def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> float:
     """Return the alpha that a model's name stands for; ``UsageError`` if it was not evaluated.
 
@@ -46,7 +64,7 @@ def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> flo
     the one recommended whatever it costs on ID.
     """
     if name in CHOSEN:
-        return result.recommend(keep_id if name == "candidate" else None).alpha
+        return _recommended(result, keep_id if name == CANDIDATE else None)
     wanted = ENDS.get(name, _number(name))
     scanned = sorted(map(float, result.meta["alphas"]))
     near = min(scanned, key=lambda alpha: abs(alpha - wanted), default=None)  # type: ignore[operator]
@@ -56,6 +74,14 @@ def alpha_of(result: ScanResult, name: str, keep_id: float | None = None) -> flo
             f"{name!r} was not scanned; alphas: {known}", f"nearest: 'alpha {near:g}'" if scanned else None
         )
     return near
+
+
+def _recommended(result: ScanResult, keep_id: float | None) -> float:
+    """Return the recommended alpha, kept with the result as its tables are: every rule about the candidate asks."""
+    known: dict[float | None, float] = vars(result).setdefault("_recommended", {})
+    if keep_id not in known:
+        known[keep_id] = result.recommend(keep_id).alpha
+    return known[keep_id]
 
 
 def splits_of(result: ScanResult, name: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpscope.detectors.findings import Finding, Limits, limits
-from sharpscope.detectors.images import alpha_of, model_named
+from sharpscope.detectors.images import alpha_of, check_apart, check_keep_id, model_named
 from sharpscope.detectors.intervals import Estimate
 from sharpscope.detectors.judgement import PLAIN, judged
 from sharpscope.errors import MeasurementError, UsageError, nearest
@@ -48,7 +48,9 @@ class StragglerDetector:
     of: str | None = None
 
     def __post_init__(self) -> None:
-        self._limits()
+        found = self._limits()
+        if found.high < 0:
+            raise UsageError(f"n_stragglers: max is {self.max}, and layers are counted", "a number from 0")
 
     def _limits(self) -> Limits:
         return limits("n_stragglers", self.min, self.max)
@@ -123,6 +125,9 @@ class SharpnessDetector:
         model_named(self.model)
         if self.max is not None and self.max_ratio is not None:
             raise UsageError("max and max_ratio are two limits", "give one, and another rule for the other")
+        if self.max_ratio is not None:
+            check_apart(self.model, "zero-shot")  # which the ratio is to
+        check_keep_id(self.keep_id, self.model)
         limits(self.measure, None, self._limit(), ("max", "max_ratio"))
 
     def _limit(self) -> float | None:
@@ -145,9 +150,9 @@ class SharpnessDetector:
 
 def _row(result: ScanResult, alpha: float, measure: str, layer: str) -> tuple[Row, np.ndarray | None]:
     """Return the row and its samples."""
-    known = list(dict.fromkeys([*result.meta["layers"], MODEL]))
-    if layer not in known:
-        raise UsageError(f"layer {layer!r} is not in this scan", nearest(layer, known))
+    known = result.meta["layers"]
+    if layer not in known and layer != MODEL:
+        raise UsageError(f"layer {layer!r} is not in this scan", nearest(layer, [*known, MODEL]))
     key = cell_key(alpha, result.curvature_split, measure)
     cell = next((cell for cell in result.cells if cell.key == key), None)
     row = next((row for row in cell.rows if row.layer == layer), None) if cell else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sharpscope.detectors.barrier import BarrierDetector
 from sharpscope.detectors.evaluation import EvaluationDetector
 from sharpscope.detectors.findings import Detector
+from sharpscope.detectors.images import CANDIDATE
 from sharpscope.detectors.layers import SharpnessDetector, StragglerDetector
 from sharpscope.detectors.scan import MeasuredDetector, RecommendedAlphaDetector
 from sharpscope.errors import SharpscopeError, UsageError, nearest
@@ -85,6 +88,9 @@ class _Head(BaseModel):
     detector: str | None = None
 
 
+_NUMBER = re.compile(r"\b(int|float)\b")  # in the annotation of a key
+_TEXT = re.compile(r"\b(str|Literal|Any)\b")
+
 _HEAD = ("id", "severity", "detector")
 
 
@@ -141,12 +147,20 @@ def _rule(stored: Mapping[str, Any], shared: Mapping[str, Any], where: str, know
         allowed = list(inspect.signature(factory).parameters)
         if "measure" not in allowed:
             settings.pop("measure", None)
-        settings = {**{k: v for k, v in shared.items() if k in allowed}, **settings}
+        if _heeds(factory, settings):
+            settings = {**{k: v for k, v in shared.items() if k in allowed}, **settings}
         return Rule(head.id, _detector(factory, settings, allowed), head.severity)
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error, tuple(_Head.model_fields))}") from error
     except SharpscopeError as error:
         raise UsageError(f"{where}: {error.problem}", error.fix) from error
+
+
+def _heeds(factory: Callable[..., Detector], settings: Mapping[str, Any]) -> bool:
+    """Whether a detector heeds what stands above all rules: one of ours only where a candidate is judged."""
+    if factory not in (EvaluationDetector, SharpnessDetector):
+        return True
+    return CANDIDATE in (settings.get("model", CANDIDATE), settings.get("versus"))
 
 
 def _factory(head: _Head, known: tuple[str, ...]) -> Callable[..., Detector]:
@@ -178,7 +192,7 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
             raise UsageError(f"{name!r} is no key of this rule", nearest(name, [*allowed, *_HEAD]))
     if hasattr(factory, "__dataclass_fields__"):
         _check_numbers(factory, settings)
-        made: Detector = TypeAdapter(cast(Any, factory)).validate_python(settings)
+        made: Detector = _adapter(factory).validate_python(settings)
         return made
     try:
         inspect.signature(factory).bind(**settings)
@@ -189,11 +203,20 @@ def _detector(factory: Callable[..., Detector], settings: dict[str, Any], allowe
     return factory(**settings)
 
 
+@cache
+def _adapter(factory: Callable[..., Detector]) -> TypeAdapter[Any]:
+    """Return what checks the types of a dataclass: making it takes a millisecond, and a gate may have thousands."""
+    return TypeAdapter(cast(Any, factory))
+
+
 def _check_numbers(factory: Callable[..., Detector], settings: Mapping[str, Any]) -> None:
-    """Refuse true and false as 1 and 0, which is how pydantic reads them where a number is wanted."""
+    """Refuse true, false and text where a number is wanted: pydantic would read 1, 0, and "5" as 5."""
     for name, parameter in inspect.signature(factory).parameters.items():
-        if isinstance(settings.get(name), bool) and "bool" not in str(parameter.annotation):
-            raise UsageError(f"{name!r} is {str(settings[name]).lower()}", "a number")
+        found, wanted = settings.get(name), str(parameter.annotation)
+        if isinstance(found, bool) and "bool" not in wanted:
+            raise UsageError(f"{name!r} is {str(found).lower()}", "a number")
+        if isinstance(found, str) and _NUMBER.search(wanted) and not _TEXT.search(wanted):
+            raise UsageError(f"{name!r} is the text {found!r}", "a number, without quotes")
 
 
 def _fault(error: ValidationError, known: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharpscope.detectors.findings import Finding, Limits, limits
+from sharpscope.detectors.findings import Finding, Limits, check_percent, limits
 from sharpscope.errors import MeasurementError, UsageError, nearest
 from sharpscope.report.words import count
 
@@ -53,6 +53,7 @@ class MeasuredDetector:
 
     def __post_init__(self) -> None:
         limits("measured", self.min, None)
+        check_percent("measured", self.min)
 
     def __call__(self, result: ScanResult) -> Finding:
         """Return the finding; ``MeasurementError`` if nothing was planned or nothing converged."""

@@ -60,10 +60,9 @@ def write_merge(plan: MergePlan, out: str | Path, stored: RecipeFile, *, overwri
                 _write_directory(plan, beside, stored)
             else:
                 _write_file(plan, plan.fine_tuned.files[0], beside)
+                write_recipe(stored, _recipe_place(beside))  # now: the disk may have room for the weights only
                 # A kill between the two files leaves no recipe rather than one of other weights.
                 _recipe_place(target).unlink(missing_ok=True)
-        if not target.is_dir():
-            write_recipe(stored, _recipe_place(target))
     except OSError as error:
         raise _unwritable(target, error) from error
     return Path(out)
@@ -92,6 +91,7 @@ def _recipe_place(target: Path) -> Path:
 
 
 def _check_target(plan: MergePlan, target: Path, overwrite: bool) -> None:
+    _check_name(target)
     _check_sources(plan, target)
     source, exists = plan.fine_tuned.root, os.path.lexists(target)
     if not exists and not source.is_dir() and target.suffix != source.suffix:
@@ -106,6 +106,14 @@ def _check_target(plan: MergePlan, target: Path, overwrite: bool) -> None:
     is_merge = (target / NAME).is_file() if target.is_dir() else _recipe_place(target).is_file()
     if exists and (not is_merge or target.is_dir() != source.is_dir()):
         raise UsageError(f"{target} is no merge that was written before; it is not replaced", "choose another --out")
+
+
+def _check_name(target: Path) -> None:
+    """Raise for a name that safetensors cannot open what was written by."""
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{str(target)!r} is no UTF-8, which names of weights are", "choose another --out") from error
 
 
 def _check_sources(plan: MergePlan, target: Path) -> None:
@@ -140,8 +148,11 @@ def _published(target: Path) -> Iterator[Path]:
             _exchange(beside, target)
         else:
             beside.replace(target)
+            if _recipe_place(beside).exists():
+                _recipe_place(beside).replace(_recipe_place(target))
     finally:
         _remove(beside)
+        _recipe_place(beside).unlink(missing_ok=True)
 
 
 def _remove(place: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpscope._version import __version__
-from sharpscope.errors import MismatchError, ModelError
+from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.merging.names import alphas_of, layers_of
 from sharpscope.merging.pairing import check_configurations, partners_of
 from sharpscope.models.weight_files import TorchFile
@@ -223,10 +223,18 @@ def merge_plan(
     names = {key: whole[partner] for key, partner in partners.items() if partner in whole}
     homes = layers_of(names, whole.values(), granularity, scanned, uniform=len(recipe.rules) == 1)
     alphas = alphas_of(recipe, list(dict.fromkeys(homes.values())))
+    _check_size(alphas)
     homes |= dict.fromkeys((key for key in fine_tuned.keys if key not in homes), BUFFERS)
     plan = MergePlan(zero_shot, fine_tuned, recipe, granularity, partners, homes, alphas)
     _check_shared(plan)
     return plan
+
+
+def _check_size(alphas: Mapping[str, float]) -> None:
+    """Raise for an alpha that no float32 holds, in which tensors are mixed."""
+    most = torch.finfo(torch.float32).max
+    if beyond := next((layer for layer, alpha in alphas.items() if abs(alpha) > most), None):
+        raise UsageError(f"the recipe gives {beyond!r} the alpha {alphas[beyond]:g}", "0 to 1, or not far beyond")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -28,6 +28,7 @@ from sharpscope.report.tables import (
 )
 from sharpscope.report.verdict import co_moving, verdict
 from sharpscope.result import ScanResult
+from sharpscope.storage import writing
 
 AUDIT = "spd.jsonl"
 OURS = "<title>sharpscope: "  #: in every page
@@ -62,19 +63,22 @@ def write(result: ScanResult, folder: str | Path, *, audit: str | Path | None = 
     ------
     UsageError
         If the audit log cannot be read.
+    OutputError
+        If the folder cannot be written.
     """
     place = at_home(folder)
-    (place / "figures").mkdir(parents=True, exist_ok=True)
     log = at_home(audit) if audit is not None else place / AUDIT
     found = exhibits(result, read_audit(log) if audit is not None or log.is_file() else None)
     drawn = [(exhibit, None if exhibit.figure is None else svg(exhibit.figure)) for exhibit in found]
-    for exhibit, document in drawn:
-        if document is not None:
-            replace_text(place / "figures" / f"{exhibit.name}.svg", document)
-    _remove_stale(place / "figures", {exhibit.name for exhibit, document in drawn if document is not None})
-    page = place / "index.html"
-    replace_text(page, _page(result, drawn, read_gate(place / CHECK)))
-    return page
+    text = _page(result, drawn, read_gate(place / CHECK))  # what cannot be drawn leaves the page that was there
+    with writing(place):
+        (place / "figures").mkdir(parents=True, exist_ok=True)
+        for exhibit, document in drawn:
+            if document is not None:
+                replace_text(place / "figures" / f"{exhibit.name}.svg", document)
+        _remove_stale(place / "figures", {exhibit.name for exhibit, document in drawn if document is not None})
+        replace_text(place / "index.html", text)
+    return place / "index.html"
 
 
 def remove(folder: str | Path) -> None:
