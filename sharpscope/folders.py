@@ -48,7 +48,8 @@ def class_folders(path: str | Path) -> Listing:
     UsageError
         If there is no such directory.
     DataError
-        If it cannot be read, has no class folders, a class without an image, or splits in the place of classes.
+        If it cannot be read, has no class folders, a class without an image or whose name is no text, or splits in the
+        place of classes.
     """
     root = at_home(path)
     if not root.is_dir():
@@ -92,6 +93,15 @@ def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written to a file or read by a tokenizer: a file system may hold others."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _checked(root: Path, found: Listing) -> Listing:
     tars = [file for file in found.others if file.suffix == ".tar"]
     if tars and not any(found.images.values()):
@@ -105,6 +115,11 @@ def _checked(root: Path, found: Listing) -> Listing:
         raise DataError(
             f"class folder {root / empty[0]} holds no image ({len(empty)} of {len(found.images)} folders are empty)",
             f"fill or remove it; images end in {', '.join(sorted(SUFFIXES))}",
+        )
+    if odd := [name for name in found.images if not is_text(name)]:
+        raise DataError(
+            f"the name of class folder {str(root / odd[0])!r} is no UTF-8, and names of classes are text",
+            "rename the folder",
         )
     nested = all(image.parent != root / name for name, images in found.images.items() for image in images)
     if nested and {name.casefold() for name in found.images} <= _SPLITS:

@@ -266,6 +266,20 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run, flags, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "more", [("--out", "o\udcff"), ("--ood", "o\udcff={world}/sketch"), ("--id", "{world}/i\udcff")]
+)
+def test_what_no_file_of_a_scan_can_hold_is_refused_before_anything_is_measured(run, flags, world, tmp_path, more):
+    for last in (("--dry-run",), ("--quiet",)):
+        code, _, err = run("report", *flags, more[0], more[1].format(world=world), *last)
+        assert (code, f"{more[0]}: " in err, "is no UTF-8, in which settings and results are written" in err) == (
+            2,
+            True,
+            True,
+        )
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_dry_run_refuses_what_the_scan_would_refuse(run, flags, scanned, tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("damaged", "other"):

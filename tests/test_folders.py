@@ -203,6 +203,15 @@ def test_empty_missing_and_flat_folders_end_in_sentences(tmp_path):
         folder(tmp_path / "half", mean_color)
 
 
+def test_a_class_folder_whose_name_is_no_text_is_refused(tmp_path):
+    try:
+        shade(tmp_path / "data" / "r\udcffd" / "a.png", 1)
+    except (OSError, UnicodeError):
+        pytest.skip("no such names here")
+    with pytest.raises(DataError, match=r"data/r.*d' is no UTF-8, and names of classes are text\n  fix: rename"):
+        class_folders(tmp_path / "data")
+
+
 def test_hidden_files_and_other_files_are_left_out_and_suffixes_may_be_upper_case(tmp_path):
     shade(tmp_path / "ape" / "1.PNG", 1)
     shade(tmp_path / "ape" / "deep" / "2.jpg", 2)

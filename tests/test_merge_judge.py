@@ -145,6 +145,25 @@ def test_a_flag_of_the_recommendation_beside_another_recipe_is_a_usage_error(run
     assert not (tmp_path / "m").exists()
 
 
+def test_a_dry_run_reads_no_model_unless_data_are_named_to_judge_it_on(run, world, ends, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("sharpscope.commands.merge.load_pair", lambda *_, **__: read.append(1) or 1 / 0)
+    for flags in ((world / "scan", "--recipe", "0.5"), ends):
+        code, out, _ = run("merge", *flags, "--out", tmp_path / "m", "--dry-run")
+        assert (code, read) == (0, [])
+        assert out.startswith("layer ")
+    assert run("merge", *ends, "--id", world / "id", "--out", tmp_path / "m", "--dry-run")[0] != 0
+    assert read
+
+
+def test_a_dry_run_refuses_settings_that_a_merge_refuses(run, world, tmp_path):
+    shutil.copytree(world / "scan", tmp_path / "scan")
+    (tmp_path / "scan" / "config.resolved.toml").write_text("id = ")
+    for more in (("--dry-run",), ()):
+        code, _, err = run("merge", tmp_path / "scan", "--recipe", "0.5", "--out", tmp_path / "m", *more)
+        assert (code, "is no TOML" in err) == (2, True)
+
+
 def test_a_dry_run_refuses_the_outputs_that_a_merge_refuses(run, world, ends, tmp_path):
     (tmp_path / "file").write_text("mine")
     outs = {

@@ -136,34 +136,66 @@ def test_an_active_run_names_the_layer_held_back_most(tmp_path):
     assert "most in 0 (" in session.summary
 
 
-def test_a_resumed_log_is_that_of_the_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("at", [8, 6, 9])
+@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+def test_a_resumed_log_is_that_of_the_uninterrupted_run(tmp_path, at, granularity):
     def lines(name, interrupted):
         model, path = network(), tmp_path / name
         model.eval()
-        optimizer = spd(model)
+        optimizer = spd(model, granularity=granularity)
         log = AuditLog(path, optimizer, every=4)
         for step in range(1, 13):
             train(model, optimizer, 1, start=step)
             log.step(step)
-            if step == 8:
+            if step == at:
                 saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
                 if interrupted:
                     break
         if interrupted:
-            train(model, optimizer, 4, start=9)
+            train(model, optimizer, 12 - at, start=at + 1)
             log.step(12)  # written after the checkpoint, then the run died while writing on
             path.write_text(path.read_text() + '{"kind": "acti')
             model = network(5).eval()
             model.load_state_dict(saved[0])
-            optimizer = spd(model)
+            optimizer = spd(model, granularity=granularity)
             optimizer.load_state_dict(saved[1])
-            log = AuditLog(path, optimizer, every=4, step=8)
-            for step in range(9, 13):
+            log = AuditLog(path, optimizer, every=4, step=at)
+            for step in range(at + 1, 13):
                 train(model, optimizer, 1, start=step)
                 log.step(step)
         return path.read_text()
 
     assert lines("whole", False) == lines("resumed", True)
+
+
+def test_decisions_that_the_end_of_a_training_wrote_are_not_counted_again(tmp_path):
+    """A trainer saves its last state first, and ends the log then."""
+    model, path = network().eval(), tmp_path / "spd.jsonl"
+    optimizer = spd(model)
+    with audited(optimizer, path, every=4):
+        train(model, optimizer, 6, start=1)
+        saved = copy.deepcopy(optimizer.state_dict())
+    other = spd(network().eval())
+    other.load_state_dict(saved)
+    assert all("decisions" not in group for group in other.param_groups)
+    with audited(other, path, every=4, step=6):
+        train(model, optimizer, 3, start=7)  # of the other nothing is stepped
+        other.step()
+    found = read_audit(path).activity
+    assert list(dict.fromkeys(found["step"])) == [4, 6, 7]
+    assert found["decisions"].sum() == 6 * len(optimizer.anchors)
+
+
+def test_a_state_that_starts_another_training_brings_no_decisions_along(tmp_path):
+    model = network().eval()
+    optimizer = spd(model)
+    AuditLog(tmp_path / "one.jsonl", optimizer, every=4)
+    train(model, optimizer, 3)
+    other = spd(network().eval())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with audited(other, tmp_path / "two.jsonl", every=4):
+        other.step()
+    assert read_audit(tmp_path / "two.jsonl").activity["decisions"].sum() == 0
 
 
 def test_a_training_begun_anew_leaves_the_logs_of_earlier_ones_beside(tmp_path):

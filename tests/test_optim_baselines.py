@@ -1,5 +1,7 @@
 """The methods that Selective Projection Decay is compared with do what their papers say."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -126,6 +128,50 @@ def test_a_step_of_sam_that_is_interrupted_leaves_the_weights_as_they_were():
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(closure)
     assert same(model, before)
+
+
+def test_a_scheduler_of_torch_takes_sam_as_it_takes_the_optimiser_within():
+    ends = []
+    for outside in (True, False):
+        model = network()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+        known = optimizer if outside else optimizer.optimizer
+        schedules = torch.optim.lr_scheduler.StepLR(known, 2), torch.optim.lr_scheduler.CyclicLR(known, 0.01, 0.1)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(inputs(0)).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(4):  # torch warns, an error here, if it sees no step before the schedule's
+            optimizer.step(closure)
+            for schedule in schedules:
+                schedule.step()
+        ends.append((model, optimizer.param_groups[0]["lr"], optimizer.optimizer.param_groups[0]["lr"]))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_sam_is_an_optimiser_of_the_groups_state_and_hooks_that_torch_knows():
+    model, steps = network(), []
+    optimizer = SAM(torch.optim.SGD([model[0].weight], 0.1, momentum=0.9), rho=0.2)
+    optimizer.add_param_group({"params": [model[0].bias]})
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs(0)).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)
+    assert (len(steps), len(optimizer.param_groups), len(optimizer.state)) == (1, 2, 2)
+    assert optimizer.defaults["momentum"] == 0.9
+    twin = copy.deepcopy(optimizer)
+    assert (twin.rho, len(twin.state), twin.optimizer is optimizer.optimizer) == (0.2, 2, False)
+    with pytest.raises(UsageError, match=r"step\(\) got no closure\n  fix: step\(closure\)"):
+        optimizer.step()
 
 
 def test_a_step_of_sam_without_gradients_does_nothing_as_with_torch():

@@ -160,6 +160,18 @@ class Judge:
     splits: tuple[Split, ...] = ()
 
 
+def check_all(job: Prepared, out: str, *, overwrite: bool = False) -> None:
+    """Raise for all that a merge refuses before it is written; nothing is.
+
+    Models and data are read only if data were named; a merge goes on without those of the scan, and says why.
+    """
+    if job.request.judged_on:
+        checked(job, out, overwrite=overwrite)
+    else:
+        check_output(job.plan, out, overwrite=overwrite)
+        _settings(job.request, _references(job))
+
+
 def checked(job: Prepared, out: str, *, overwrite: bool = False) -> Judge:
     """Return what the merge will be judged by, after all that can be refused before it is written; nothing is."""
     check_output(job.plan, out, overwrite=overwrite)

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from sharpscope.classnames import ClassNames, read_classnames
-from sharpscope.config import Settings, write_config
+from sharpscope.config import Settings, flag, write_config
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.trace import Trace
 from sharpscope.data import Split
 from sharpscope.device import own_device
-from sharpscope.folders import class_folders
+from sharpscope.errors import UsageError
+from sharpscope.folders import class_folders, is_text
 from sharpscope.intervention import interventions_from
 from sharpscope.journal import resumed
 from sharpscope.measures import Measure, measures_from
@@ -131,7 +132,13 @@ def _as_set(measure: Measure, chosen: Settings) -> Measure:
 
 
 def _check_out(chosen: Settings) -> None:
-    """Raise for an output folder that cannot be written, before images are read and hours measured."""
+    """Raise for what cannot be written, before images are read and hours measured: settings, and the folder."""
+    for name, value in chosen:
+        texts = [*value, *value.values()] if isinstance(value, dict) else [value]
+        if odd := [text for text in texts if isinstance(text, str) and not is_text(text)]:
+            raise UsageError(
+                f"{flag(name)}: {odd[0]!r} is no UTF-8, in which settings and results are written", "another name"
+            )
     with writing(Path(chosen.out)):
         check_writable(Path(chosen.out))
 

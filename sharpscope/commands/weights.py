@@ -67,7 +67,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is there already.")] = False,
 ) -> None:
     """Write the checkpoint between the two of a scan, in the layout of the fine-tuned one, and judge it again."""
-    from sharpscope.commands.merge import Request, checked, merged, prepared
+    from sharpscope.commands.merge import Request, check_all, merged, prepared
     from sharpscope.config import named_places
 
     places = named_places(ood or [])
@@ -86,7 +86,7 @@ def merge(
     ready = prepared(request)
     tell(repr(ready.plan))
     if dry_run:
-        checked(ready, out, overwrite=overwrite)
+        check_all(ready, out, overwrite=overwrite)
         for note in ready.plan.notes:
             tell(f"note: {note}")
         return

@@ -37,7 +37,8 @@ class AuditLog:
     path
         The file. One that holds a log of the same anchor, partition and options is continued: its lines after
         ``step`` are dropped, so a run resumed from a checkpoint has every line once. Begun anew at step 0, the log that
-        was there is kept beside, as ``NAME.1.jsonl``, with a warning.
+        was there is kept beside, as ``NAME.1.jsonl``, with a warning. The state of the optimiser holds the decisions
+        that were in no line when it was saved, so load it first.
     optimizer
         An ``AdamSPD`` or ``SGDSPD``.
     every
@@ -59,18 +60,22 @@ class AuditLog:
         self.path = at_home(path)
         self.optimizer = optimizer
         self.every = every
-        self._last = step
         self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        carried = optimizer.activity() if step else []
+        # The grid of lines is that of the state, which all ranks have: the log lies with the first.
+        self._last = optimizer.since if step and optimizer.since <= step and carried else step
         optimizer.record()
-        if self._writes:
-            self._open(step)
+        optimizer.since = self._last
+        if self._writes and self._open(step) < step:
+            optimizer.carry(carried)
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int) -> int:
+        """Begin the file, or continue it; return the step of the last line that it keeps, 0 without one."""
         header = self.header()
         if not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write([header])
-            return
+            return 0
         old, lines, _ = read_lines(self.path)
         for key in _SAME:
             if old.get(key) != header[key]:
@@ -83,7 +88,9 @@ class AuditLog:
             self.path.replace(aside)
             warnings.warn(f"{self.path} was the log of an earlier training: it is {aside.name} now", stacklevel=4)
             old, lines = header, []
-        self._write([old, *(line for line in lines if line["step"] <= step)])
+        kept = [line for line in lines if line["step"] <= step]
+        self._write([old, *kept])
+        return max((int(line["step"]) for line in kept), default=0)
 
     def _aside(self) -> Path:
         """Return a name beside the log's that is free."""
@@ -121,7 +128,7 @@ class AuditLog:
 
     def write(self, step: int) -> None:
         """Write one line per layer now."""
-        self._last = step
+        self._last = self.optimizer.since = step
         self.append({"kind": "activity", "step": step, **line} for line in self._lines())
 
     def append(self, lines: Iterable[Line]) -> None:

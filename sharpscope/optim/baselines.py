@@ -120,8 +120,11 @@ class AdamRadius(Anchored, torch.optim.AdamW):
                 projection.pull(weights, deviation, values.unbind())
 
 
-class SAM:
+class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimisation (arXiv 2010.01412) around any optimiser.
+
+    Groups, their options and the state are those of the wrapped optimiser, so a learning rate scheduler of torch takes
+    either of the two.
 
     Parameters
     ----------
@@ -136,18 +139,44 @@ class SAM:
             raise UsageError(f"rho={rho}", "a number above 0")
         self.optimizer = optimizer
         self.rho = rho
+        # In the place of torch's constructor, which would make groups and a state beside those of the wrapped one.
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "rho": self.rho}
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of the wrapped optimiser."""
         return self.optimizer.param_groups
 
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The options of the wrapped optimiser."""
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the wrapped optimiser."""
+        return self.optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimiser."""
+        self.optimizer.add_param_group(param_group)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; the closure clears gradients, computes the loss, calls backward, and returns the loss.
 
         It is called twice; the value of the first call, at the weights themselves, is returned.
+
+        Raises
+        ------
+        UsageError
+            Without a closure.
         """
+        if closure is None:
+            raise UsageError("SAM computes the loss at two places, and step() got no closure", "step(closure)")
         with torch.enable_grad():
             loss = closure()
         with self._perturbed(), torch.enable_grad():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -58,6 +58,7 @@ def checked_decay(decay: float) -> float:
     return float(decay)
 
 
+_COUNTED = "decisions"  # in the first group of a saved state
 # Sets of tensors with a gradient whose chunks are kept: training that skips layers at random has thousands of them.
 PLANS = 16
 
@@ -71,7 +72,11 @@ class SelectiveProjection(Anchored):
         See :class:`Selection`.
     layers
         The partition of the anchored parameters.
+    since
+        The step from which on decisions are counted: that of a log's last line. Saved and loaded with the state.
     """
+
+    since = 0
 
     _own: ClassVar[tuple[str, ...]] = (*Anchored._own, "selection", "layers", "_by_row", "_recorded")
 
@@ -240,9 +245,29 @@ class SelectiveProjection(Anchored):
                 found[one.unit] = found[one.unit] + one if one.unit in found else one
         return list(found.values())
 
+    def carry(self, counted: Iterable[Activity]) -> None:
+        """Count on from these decisions, which a saved state brought along."""
+        self._counted = {one.unit: one for one in counted}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; while decisions are counted, with those that no line of a log holds yet, which waits."""
+        found = super().state_dict()
+        if self._recorded:
+            self.carry(self.activity())
+            found["param_groups"][0][_COUNTED] = [self.since, *map(astuple, self._counted.values())]
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state, see :meth:`Anchored.load_state_dict`, and the decisions that no line held when it was saved."""
+        super().load_state_dict(state_dict)
+        for counted in [group.pop(_COUNTED) for group in self.param_groups if _COUNTED in group]:
+            self.activity()
+            self.since, *units = counted
+            self.carry(Activity(*unit) for unit in units)
+
     def _let_go(self) -> None:
         """Drop the chunks, but not what they counted."""
-        self._counted = {one.unit: one for one in self.activity()}
+        self.carry(self.activity())
         self._plans, self._running = {}, []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
