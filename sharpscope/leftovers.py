@@ -39,11 +39,13 @@ _USUALLY: Mapping[str, Kind] = {
     "cost": dict,
     "granularity": str,
     "objective": str,
+    "curvature_split": str,
+    "partition": dict,
 }
 _INSIDE: Mapping[str, Mapping[str, Kind]] = {
     "measures": {},
     "splits": {"role": str},
-    "layers": {"delta_norm": _NUMBER},
+    "layers": {"delta_norm": _NUMBER, "start_norm": _NUMBER},
     "models": {},
 }
 
@@ -78,7 +80,19 @@ def read_meta(file: Path) -> dict[str, Any]:
         _check_kind("one of its alphas", alpha, _NUMBER)
     if "id" not in (facts["role"] for facts in meta["splits"].values()):
         raise ValueError("none of its splits has the role id")
+    _check_inside(meta)
     return dict(meta)
+
+
+def _check_inside(meta: Mapping[str, Any]) -> None:
+    """Raise for values of the right kind that nothing can be made of."""
+    if meta["seed"] < 0:
+        raise ValueError(f"seed is {meta['seed']}")
+    if meta.get("curvature_split", next(iter(meta["splits"]))) not in meta["splits"]:
+        raise ValueError(f"its curvature_split {meta['curvature_split']!r} is none of its splits")
+    for layer, names in meta.get("partition", {}).items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"partition of {layer!r} is {json.dumps(names)[:60]}")
 
 
 def _check_table(name: str, table: Any, keys: Mapping[str, Kind]) -> None:

@@ -20,7 +20,7 @@ from sharpscope.result import ScanResult
 from sharpscope.storage import writing
 from sharpscope.stragglers.effects import keys_of_moves
 from sharpscope.stragglers.recipes import keys_of_trials
-from sharpscope.table import MODEL, Cell, cell_key
+from sharpscope.table import MODEL, Cell, Row, cell_key
 
 META, CORRECT = "scan.json", "correct.npz"
 _ANSWERS = ("correct", "confidence", "loss")  # that an evaluation keeps of each image; others the first of them
@@ -102,6 +102,7 @@ def open_result(folder: str | Path) -> ScanResult:
     header, cells, _ = journal.read(place / "cells.jsonl")
     if header["plan"] != meta["plan"]:
         raise UsageError(f"{place} holds scan.json of one scan and cells.jsonl of another", _AGAIN)
+    _check_cells(place, cells)
     _check_whole(place, meta, cells)
     known = {*meta["layers"], MODEL}
     if strange := next((row.layer for cell in cells for row in cell.rows if row.layer not in known), None):
@@ -110,6 +111,27 @@ def open_result(folder: str | Path) -> ScanResult:
         return ScanResult(cells, meta)
     except ValueError as damage:
         raise UsageError(f"{place} holds cells that its scan.json does not know: {damage}", _AGAIN) from damage
+
+
+def _check_cells(place: Path, cells: Sequence[Cell]) -> None:
+    """Raise if a cell is there twice, is none, or holds rows of another place than its own."""
+    known: set[str] = set()
+    for cell in cells:
+        if not isinstance(cell.key, str) or cell.key.count("|") < 2:
+            raise UsageError(f"{place / 'cells.jsonl'} is damaged: {cell.key!r} is no cell", _AGAIN)
+        if cell.key in known:
+            raise UsageError(f"{place / 'cells.jsonl'} is damaged: {cell.key!r} is there twice", _AGAIN)
+        known.add(cell.key)
+        alpha, split, _ = cell.key.split("|", 2)
+        if odd := next((row for row in cell.rows if not _is_row(row, alpha, split)), None):
+            raise UsageError(f"{place / 'cells.jsonl'} is damaged: {cell.key!r} holds {odd}", _AGAIN)
+
+
+def _is_row(row: Row, alpha: str, split: str) -> bool:
+    """Whether it is a row of a cell at this place, each field of its kind."""
+    named = isinstance(row.layer, str) and isinstance(row.measure, str) and isinstance(row.converged, bool)
+    counted = isinstance(row.draws, int) and isinstance(row.alpha, float) and isinstance(row.value, int | float)
+    return named and counted and repr(row.alpha) == alpha and row.split == split
 
 
 def _check_whole(place: Path, meta: Mapping[str, Any], cells: Sequence[Cell]) -> None:

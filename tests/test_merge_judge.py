@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import clips
@@ -154,6 +155,16 @@ def test_a_dry_run_reads_no_model_unless_data_are_named_to_judge_it_on(run, worl
         assert out.startswith("layer ")
     assert run("merge", *ends, "--id", world / "id", "--out", tmp_path / "m", "--dry-run")[0] != 0
     assert read
+
+
+def test_a_scan_that_does_not_say_its_models_is_refused_in_a_sentence(run, world, tmp_path):
+    shutil.copytree(world / "scan", tmp_path / "scan")
+    stored = json.loads((tmp_path / "scan" / "scan.json").read_text())
+    for name in ("models", "granularity"):
+        left = {key: value for key, value in stored.items() if key != name}
+        (tmp_path / "scan" / "scan.json").write_text(json.dumps(left))
+        code, _, err = run("merge", tmp_path / "scan", "--recipe", "0.5", "--out", tmp_path / "m", "--dry-run")
+        assert (code, f"does not say which {name} it is of" in err) == (2, True)
 
 
 def test_a_dry_run_refuses_settings_that_a_merge_refuses(run, world, tmp_path):

@@ -294,8 +294,8 @@ BREAKAGES = {
         "test_optim_audit.py::test_the_mean_is_over_the_labels_that_count",
     ),
     "decisions are dropped with their chunks": (
-        "optim/selective.py", "self._counted = {one.unit: one for one in self.activity()}", "self.activity()",
-        "test_optim_laws.py::test_no_decision_is_lost_where_state_groups_or_the_tensors_with_gradients_change[state]",
+        "optim/selective.py", "self.carry(self.activity())\n        self._plans", "self.activity()\n        self._plans",
+        "test_optim_laws.py::test_no_decision_is_lost_where_state_groups_or_the_tensors_with_gradients_change[group]",
     ),
     "means of the same accuracies differ by rounding": (
         "stragglers/correlation.py", ".mean(axis=1).round(12)", ".mean(axis=1)",

@@ -210,12 +210,20 @@ ODD = {
     **dict.fromkeys((*NEEDED, "models", "warnings", "unused", "provenance", "cost"), (None, "x")),
     "alphas": (None, {}, [], [0.0, None], [0.0, "1"], [True]),
     "splits": (None, [], {}, {"id": None}, {"id": {}}, {"a": {"role": "ood"}}),
-    "layers": (None, {"head": 3}, {"head": {}}, {"head": {"delta_norm": "x"}}),
+    "layers": (
+        None,
+        {"head": 3},
+        {"head": {}},
+        {"head": {"delta_norm": "x"}},
+        {"head": {"delta_norm": 1, "start_norm": "x"}},
+    ),
     "measures": (None, ["trace"], {"trace": None}),
     "models": (None, {"zero_shot": None}),
     "recipes": (3, {}, {"trials": None}),
     "interventions": ("x", {"limit": 8}),
-    "seed": (None, True, 0.5, "0"),
+    "seed": (None, True, 0.5, "0", -1),
+    "curvature_split": (3, "gone"),
+    "partition": ([], {"head": 3}, {"head": [{}]}),
 }
 
 
@@ -238,7 +246,7 @@ def test_what_is_of_another_kind_is_named(tmp_path, name, value):
         ('{"format": 1, "plan": {}}\n{"cell": "a", "rows": [], "arrays": []}', "is not a readable list of cells"),
         (
             '{"format": 1, "plan": {}}\n{"cell": "a", "rows": [], "arrays": {}}',
-            "cells that its scan.json does not know",
+            "'a' is no cell",
         ),
     ],
 )
@@ -250,6 +258,30 @@ def test_cells_that_are_no_cells_are_refused(tmp_path, header, said):
     if "plan" in said or "readable" in said:
         with pytest.raises(UsageError, match=said):  # nor does a scan resume there
             Journal(file, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda cells: cells.append(cells[1]), r"'.*\|.*' is there twice"),
+        (lambda cells: cells[0].update(cell=["a"]), r"\['a'\] is no cell"),
+        (lambda cells: with_row(cells)["rows"][0].update(alpha=0.3), r"holds Row\(alpha=0.3"),
+        (lambda cells: with_row(cells)["rows"][0].update(split="sketch"), r"holds Row\(.*split='sketch'"),
+        (lambda cells: with_row(cells)["rows"][0].update(layer=["head"]), r"holds Row\(.*layer=\['head'\]"),
+        (lambda cells: with_row(cells)["rows"][0].update(draws="3"), r"holds Row\(.*draws='3'"),
+    ],
+)
+def test_cells_that_are_changed_are_damaged(tmp_path, change, said):
+    file = planted(**FEW).save(tmp_path) / "cells.jsonl"
+    header, *cells = map(json.loads, file.read_text().splitlines())
+    change(cells)
+    file.write_text("".join(json.dumps(line) + "\n" for line in (header, *cells)))
+    with pytest.raises(UsageError, match=rf"cells\.jsonl is damaged: .*{said}.*\n  fix: run the same scan"):
+        ss.open(tmp_path)
+
+
+def with_row(cells):
+    return next(cell for cell in cells if cell["rows"])
 
 
 def test_cells_that_are_gone_are_missed(tmp_path):

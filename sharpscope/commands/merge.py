@@ -109,6 +109,11 @@ def _foretold(stored: RecipeFile, plan: MergePlan) -> Mapping[str, Interval]:
 
 
 def _plan_of_scan(request: Request, stored: RecipeFile, result: ScanResult) -> MergePlan:
+    if missing := [name for name in ("models", "granularity") if name not in result.meta]:
+        raise UsageError(
+            f"{request.folder} does not say which {missing[0]} it is of",
+            "--zero-shot and --fine-tuned without the scan",
+        )
     known = result.meta["granularity"]
     if len(stored.recipe.rules) > 1 and stored.granularity != known:
         raise UsageError(
@@ -135,7 +140,7 @@ def _recipe(request: Request, result: ScanResult | None) -> RecipeFile:
             recipe = Recipe.uniform(float(request.recipe))
         except ValueError:
             return read_recipe(request.recipe)
-    return RecipeFile(recipe, "block" if result is None else result.meta["granularity"])
+    return RecipeFile(recipe, "block" if result is None else result.meta.get("granularity", "block"))
 
 
 @dataclass(frozen=True)
