@@ -40,6 +40,7 @@ from sharpscope.report.words import layer_label
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.interval import wilson
 from sharpscope.stragglers.paired import Z95
+from sharpscope.table import Cell
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}
 LONG = "model.backbone.stages.7.a_very_long_name_of_a_module.collection_of_blocks.7.attention_output_projection"
@@ -239,6 +240,43 @@ def test_names_of_layers_that_lie_close_do_not_stand_on_each_other() -> None:
     boxes = [text.get_window_extent() for text in drawn.texts if text.get_text()]
     assert len(boxes) >= 6
     assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
+def test_of_names_that_find_no_place_none_is_written_over_another() -> None:
+    # Ten layers in one place: there is room for the names of some.
+    names = {name: f"encoder.layers.{i}.self_attn.q_proj" for i, name in enumerate(LAYERS)}
+    result = planted(measures=("trace",))
+    for old, new in names.items():
+        result = _with_layer(result, old, new)
+    layers = {name: {**facts, "delta_norm": 1.0, "size": 1000} for name, facts in result.meta["layers"].items()}
+    cells = [
+        replace(cell, rows=tuple(replace(row, value=5.0) if row.measure == "trace" else row for row in cell.rows))
+        for cell in result.cells
+    ]
+    drawn = ScanResult(cells, {**result.meta, "layers": layers}).plot.distance()
+    drawn.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.texts if text.get_text()]
+    assert 1 <= len(boxes) < len(LAYERS)
+    assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
+def test_many_sets_leave_the_accuracy_its_height() -> None:
+    few = FULL.plot.path()[0]
+    names = [f"set {i}" for i in range(14)]
+    facts = {name: {**FULL.meta["splits"]["scans"]} for name in names}
+    cells = [
+        Cell(
+            cell.key.replace("|scans|", f"|{name}|"), tuple(replace(row, split=name) for row in cell.rows), cell.arrays
+        )
+        for cell in FULL.cells
+        for name in (names if "|scans|" in cell.key else ["id"] if "|id|" in cell.key else [])
+    ]
+    many = ScanResult(cells, {**FULL.meta, "splits": {"id": FULL.meta["splits"]["id"], **facts}}).plot.path()[0]
+    for panel in (few, many):
+        panel.figure.draw_without_rendering()
+    assert many.get_position().height > 0.9 * few.get_position().height
+    told = [text.get_text() for text in many.figure.legends[0].get_texts()]
+    assert told == ["id", *names, "mean OOD", *(name for name in told if name.startswith("recommended"))]
 
 
 def test_distance_and_mean_curvature_are_the_planted_ones() -> None:
