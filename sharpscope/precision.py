@@ -59,4 +59,5 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        if wanted:  # the call imports torch's compiler: seconds, and after Ctrl-C within an import an error of its own
+            torch.use_deterministic_algorithms(before)

@@ -188,7 +188,7 @@ class ScanResult:
         """What moving one layer alone does to accuracy, see :func:`~sharpscope.stragglers.effects.effects`.
 
         One row per layer, base and set: ``layer question base alpha split effect low high control control_low
-        control_high draws n supported``. Empty if interventions were not run.
+        control_high draws as_far n supported``. Empty if interventions were not run.
         """
         return self._interventions.copy()
 

@@ -81,9 +81,13 @@ def open_result(folder: str | Path) -> ScanResult:
     Raises
     ------
     UsageError
-        If the folder holds no finished scan, or parts of two.
+        If the folder holds no finished scan, or parts of two, or is a file.
     """
     place = at_home(folder)
+    if place.is_file():
+        raise UsageError(
+            f"{place} is a file; a saved scan is a folder, with scan.json in it", f"name the folder: {place.parent}"
+        )
     if not (place / "scan.json").is_file():
         unfinished = (place / "cells.jsonl").is_file()
         found = "a scan that has not finished" if unfinished else "no scan"

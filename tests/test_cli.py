@@ -22,6 +22,7 @@ from sharpscope._version import __version__
 from sharpscope.commands import scans
 from sharpscope.errors import MeasurementError, SharpscopeError, UsageError
 from sharpscope.measures import measures_from
+from sharpscope.precision import deterministic_algorithms
 from sharpscope.saved import open_result
 
 REPORT_FILES = {
@@ -320,6 +321,13 @@ def test_deterministic_is_recorded_and_lasts_as_long_as_the_scan(run, flags, tmp
     assert facts["provenance"]["deterministic"] is True
     assert not torch.are_deterministic_algorithms_enabled()
     assert config.settings({}, tmp_path / "out" / "config.resolved.toml").deterministic is True
+
+
+def test_an_interruption_stays_one_where_no_choice_of_algorithms_is_to_be_given_back(monkeypatch):
+    # Giving it back imports torch's compiler, which fails after Ctrl-C amid its first import: exit code 3, a traceback.
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: pytest.fail("called"))
+    with pytest.raises(KeyboardInterrupt), deterministic_algorithms(False):
+        raise KeyboardInterrupt
 
 
 def test_another_plan_in_the_same_folder_is_refused_unless_fresh(run, flags, no_page):

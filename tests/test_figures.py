@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -35,11 +36,14 @@ from sharpscope.report.curves import layer_grid
 from sharpscope.report.distance_figure import ways
 from sharpscope.report.drawing import inlined, svg
 from sharpscope.report.health_figure import running, worst_cells
+from sharpscope.report.words import layer_label
 from sharpscope.result import ScanResult
 from sharpscope.stragglers.interval import wilson
 from sharpscope.stragglers.paired import Z95
+from sharpscope.table import Cell
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 1.0), "measures": ("trace", "lambda_max")}
+LONG = "model.backbone.stages.7.a_very_long_name_of_a_module.collection_of_blocks.7.attention_output_projection"
 LAYER_ORDER = (*LAYERS, UNUSED)
 SMALLER = {"measures": ("trace", "lambda_max")}
 FULL = planted()
@@ -170,6 +174,63 @@ def test_pareto_rings_what_was_chosen_and_counts_what_was_tried() -> None:
     assert "recipe chosen: straggler at 0.1" in labels
 
 
+@pytest.mark.parametrize(
+    "alphas",
+    [
+        (0.0, 0.001, 0.002, 0.5, 0.99, 1.0),
+        (0.5,),
+        (0.0, 1.0),
+        *(np.linspace(0, 1, n).tolist() for n in (9, 11, 12, 41)),
+    ],
+)
+@pytest.mark.parametrize("method", ["path", "heatmap"])
+@pytest.mark.parametrize("name", ["visual.block.00", LONG])
+def test_labels_of_alphas_do_not_stand_on_each_other(method: str, alphas: tuple[float, ...], name: str) -> None:
+    few = planted([round(alpha, 12) for alpha in alphas], measures=("trace",), n=20, unmeasured=())
+    panel = getattr(_with_layer(few, "visual.block.00", name).plot, method)()[-1]
+    panel.figure.draw_without_rendering()
+    numbers = [text.get_text().split("\n")[0] for text in panel.get_xticklabels()]  # a word below is in nobody's way
+    digit = 0.64 * 8.5 * panel.figure.dpi / 72  # pixels
+    middles = [(box.x0 + box.x1) / 2 for box in (text.get_window_extent() for text in panel.get_xticklabels())]
+    assert all(
+        right - left > digit * (len(one) + len(other)) / 2
+        for (left, one), (right, other) in pairwise(zip(middles, numbers, strict=True))
+    )
+    assert [number for number in numbers if number in "01"] == [f"{end:g}" for end in (0, 1) if end in alphas]
+    assert len(numbers) >= min(len(alphas), 3)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "ends"), [((0.0, 0.5, 1.0), (0.0, 1.0)), ((-0.5, 0.0, 0.5, 1.0, 1.5), (0.0, 1.0)), ((0.25, 0.5), ())]
+)
+def test_only_the_two_models_are_marked_as_ends_in_the_plane(
+    alphas: tuple[float, ...], ends: tuple[float, ...]
+) -> None:
+    result = planted(alphas, ood=("scans",), measures=("trace",), unmeasured=())
+    marks = [line for line in result.plot.plane().lines if line.get_markersize() == 9]
+    right = result.correct
+    assert [(float(x), float(y)) for line in marks for x, y in zip(*line.get_data(), strict=True)] == [
+        (right[alpha, "id"].mean(), right[alpha, "scans"].mean()) for alpha in ends
+    ]
+
+
+def test_panels_of_layers_with_long_names_have_titles_that_differ() -> None:
+    names = [LONG.replace("7", str(i)) for i in range(4)]
+    result = planted(measures=("trace",))
+    for i, name in enumerate(names):
+        result = _with_layer(result, f"visual.block.{i:02d}", name)
+    titles = [panel.get_title("left") for panel in result.plot.multiples()[:4]]
+    assert len(set(titles)) == 4
+    assert len({layer_label(f"encoder.layers.1.mlp.fc{i}.weight", 18) for i in (1, 2)}) == 2
+
+
+def test_nothing_is_written_over_the_data_of_pareto() -> None:
+    drawn = FULL.plot.pareto()
+    assert [text.get_text() for text in drawn.texts if text.get_text()] == []
+    assert "no recipes were tried" in drawn.get_legend().get_title().get_text()
+    assert "no recipes" not in STUDIED.plot.pareto().get_legend().get_title().get_text()
+
+
 def test_names_of_layers_that_lie_close_do_not_stand_on_each_other() -> None:
     layers = {
         name: {**facts, "delta_norm": 1.0 + i / 50} for i, (name, facts) in enumerate(FULL.meta["layers"].items())
@@ -179,6 +240,43 @@ def test_names_of_layers_that_lie_close_do_not_stand_on_each_other() -> None:
     boxes = [text.get_window_extent() for text in drawn.texts if text.get_text()]
     assert len(boxes) >= 6
     assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
+def test_of_names_that_find_no_place_none_is_written_over_another() -> None:
+    # Ten layers in one place: there is room for the names of some.
+    names = {name: f"encoder.layers.{i}.self_attn.q_proj" for i, name in enumerate(LAYERS)}
+    result = planted(measures=("trace",))
+    for old, new in names.items():
+        result = _with_layer(result, old, new)
+    layers = {name: {**facts, "delta_norm": 1.0, "size": 1000} for name, facts in result.meta["layers"].items()}
+    cells = [
+        replace(cell, rows=tuple(replace(row, value=5.0) if row.measure == "trace" else row for row in cell.rows))
+        for cell in result.cells
+    ]
+    drawn = ScanResult(cells, {**result.meta, "layers": layers}).plot.distance()
+    drawn.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.texts if text.get_text()]
+    assert 1 <= len(boxes) < len(LAYERS)
+    assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
+
+
+def test_many_sets_leave_the_accuracy_its_height() -> None:
+    few = FULL.plot.path()[0]
+    names = [f"set {i}" for i in range(14)]
+    facts = {name: {**FULL.meta["splits"]["scans"]} for name in names}
+    cells = [
+        Cell(
+            cell.key.replace("|scans|", f"|{name}|"), tuple(replace(row, split=name) for row in cell.rows), cell.arrays
+        )
+        for cell in FULL.cells
+        for name in (names if "|scans|" in cell.key else ["id"] if "|id|" in cell.key else [])
+    ]
+    many = ScanResult(cells, {**FULL.meta, "splits": {"id": FULL.meta["splits"]["id"], **facts}}).plot.path()[0]
+    for panel in (few, many):
+        panel.figure.draw_without_rendering()
+    assert many.get_position().height > 0.9 * few.get_position().height
+    told = [text.get_text() for text in many.figure.legends[0].get_texts()]
+    assert told == ["id", *names, "mean OOD", *(name for name in told if name.startswith("recommended"))]
 
 
 def test_distance_and_mean_curvature_are_the_planted_ones() -> None:

@@ -23,6 +23,7 @@ from planted import ALPHAS, HOSTILE, LAYERS, SINGLE, STRAGGLER, UNUSED, planted
 from sharpscope.detectors import Finding
 from sharpscope.errors import OutputError, UsageError
 from sharpscope.optim.activity import COLUMNS
+from sharpscope.report import answers
 from sharpscope.report.exhibits import exhibits
 from sharpscope.report.page import render, write
 from sharpscope.report.tables import provenance
@@ -162,6 +163,20 @@ def test_a_path_without_an_end_says_why_there_is_no_recommendation() -> None:
     found = verdict(RESULTS["no end point"])
     assert found.recommendation is None
     assert found.headline.startswith("No recommendation: alphas [0.0, 0.25, 0.5] lack an end point")
+
+
+def test_an_end_that_was_not_scanned_is_left_out_of_the_answers() -> None:
+    result = planted((0.5,), unmeasured=())
+    assert answers.path_answer(result, verdict(result)) == (
+        "Mean OOD accuracy over all images is highest at alpha 0.5 with 61.5\N{NO-BREAK SPACE}%."
+    )
+    assert answers.plane_answer(result, verdict(result)) == (
+        "The path passes 82.0\N{NO-BREAK SPACE}% ID and 61.5\N{NO-BREAK SPACE}% mean OOD at alpha 0.5."
+    )
+    assert answers.pareto_answer(result).startswith("1 mix tried: ")
+    ends = planted((0.0, 0.25), measures=("trace",), unmeasured=())
+    assert " at alpha 0, " in answers.plane_answer(ends, verdict(ends))
+    assert "unknown" not in answers.plane_answer(ends, verdict(ends)) + answers.path_answer(ends, verdict(ends))
 
 
 def test_only_the_planted_straggler_is_named_and_no_more_is_said_than_chance_allows() -> None:

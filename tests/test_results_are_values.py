@@ -5,6 +5,7 @@ import pytest
 from planted import planted
 
 import sharpscope as ss
+from sharpscope.result import ScanResult
 
 SMALL = {"alphas": (0.0, 0.1, 0.5, 0.8, 1.0), "measures": ("trace",), "studied": True}
 
@@ -28,3 +29,9 @@ def test_answers_image_by_image_cannot_be_written_to(tmp_path):
             found[:] = False
     assert ss.open(result.save(tmp_path)) == planted(**SMALL)
     assert all(np.array_equal(found, planted(**SMALL).correct[place]) for place, found in result.correct.items())
+
+
+@pytest.mark.parametrize("name", ["evals", "interventions", "recipes", "barriers", "label_free"])
+def test_the_words_to_a_frame_name_all_its_columns(name):
+    said = getattr(ScanResult, name).__doc__.split()
+    assert set(getattr(planted(**SMALL), name)) <= {word.strip("`.,") for word in said}

@@ -290,6 +290,12 @@ def test_cells_that_are_gone_are_missed(tmp_path):
         ss.open(tmp_path)
 
 
+def test_a_file_of_a_scan_is_not_told_that_it_is_missing_itself(tmp_path):
+    planted(**FEW).save(tmp_path)
+    with pytest.raises(UsageError, match=rf"scan\.json is a file; .*\n  fix: name the folder: {tmp_path}$"):
+        ss.open(tmp_path / "scan.json")
+
+
 def test_cells_of_a_layer_that_is_not_there_are_refused(tmp_path):
     file = planted(**FEW).save(tmp_path) / "scan.json"
     meta = json.loads(file.read_text())

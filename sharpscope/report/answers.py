@@ -40,19 +40,25 @@ def path_answer(result: ScanResult, found: Verdict) -> str:
     if not len(target.alpha):
         return f"{name} was not measured."
     best = int(np.argmax(target.value))
-    ends = [f"{percent(target.at(alpha))} {word}" for alpha, word in ((0.0, "zero-shot"), (1.0, "fine-tuned"))]
+    known = [(alpha, word) for alpha, word in ((0.0, "zero-shot"), (1.0, "fine-tuned")) if alpha in target.alpha]
+    ends = [f"{percent(target.at(alpha))} {word}" for alpha, word in known]
+    against = f", against {' and '.join(ends)}" if ends else ""
     advice = f" Recommended: alpha {alpha_text(found.recommendation.alpha)}." if found.recommendation else ""
     return (
         f"{name} over all images is highest at alpha {alpha_text(target.alpha[best])} with "
-        f"{percent(float(target.value[best]))}, against {' and '.join(ends)}.{advice}"
+        f"{percent(float(target.value[best]))}{against}.{advice}"
     )
 
 
 def plane_answer(result: ScanResult, found: Verdict) -> str:
-    """Return ID and OOD accuracy at the ends and the recommended alpha."""
+    """Return ID and OOD accuracy at the ends and the recommended alpha, or at the first and the last alpha."""
     across, up = accuracy(result, result.id_split), mean_ood(result)
     chosen = found.recommendation.alpha if found.recommendation else None
-    places = dict.fromkeys([0.0, *([chosen] if chosen is not None else []), 1.0])
+    measured = [float(a) for a in up.alpha if a in across.alpha]
+    if not measured:
+        return "Nowhere on the path were ID and all OOD sets evaluated."
+    first, last = (end if end in measured else other for end, other in ((0.0, measured[0]), (1.0, measured[-1])))
+    places = dict.fromkeys([first, *([chosen] if chosen is not None else []), last])
     shown = [f"{percent(across.at(a))} ID and {percent(up.at(a))} mean OOD at alpha {alpha_text(a)}" for a in places]
     return f"The path passes {', '.join(shown)}."
 
@@ -145,7 +151,8 @@ def pareto_answer(result: ScanResult) -> str:
         f"{words} ({shortened(str(row['recipe']))}) {row['id']:.1f} % ID and {row['ood']:.1f} % mean OOD"
         for words, row in quoted(result.recipes)
     ]
-    return f"{len(result.recipes):,} mixes tried: {'; '.join(parts)}."
+    tried = "1 mix" if len(result.recipes) == 1 else f"{len(result.recipes):,} mixes"
+    return f"{tried} tried: {'; '.join(parts)}."
 
 
 def distance_answer(result: ScanResult) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -132,14 +133,34 @@ def literal(texts: Iterable[Text]) -> None:
         text.set_parse_math(False)
 
 
-def alpha_axis(ax: Axes, alphas: Sequence[float], places: Sequence[float] | None = None) -> None:
-    """Label the x axis with the alphas and say which end is which; ``places`` if alpha is not the coordinate."""
-    words = {0.0: "0\nzero-shot", 1.0: "1\nfine-tuned"}
-    step = -(-len(alphas) // 11)
-    kept = [i for i, alpha in enumerate(alphas) if i % step == 0 or alpha in words]
-    labels = [words.get(alphas[i], alpha_text(alphas[i])) for i in kept]
-    ax.set_xticks([(places or alphas)[i] for i in kept], labels)
+def alpha_axis(ax: Axes, alphas: Sequence[float], places: Sequence[float] | None = None, *, digits: float = 58) -> None:
+    """Label the x axis with the alphas and say which end is which; ``places`` if alpha is not the coordinate.
+
+    Of labels that would touch some are left out, never those of the two models; ``digits`` is how many digits fit
+    side by side between the first place and the last.
+    """
+    where = list(places or alphas)
+    kept = _legible(alphas, where, digits / ((max(where) - min(where)) or 1))
+    ax.set_xticks([where[i] for i in kept], [_ENDS.get(alphas[i], alpha_text(alphas[i])) for i in kept])
     ax.set_xlabel("alpha, from 0 (zero-shot) to 1 (fine-tuned)")
+
+
+_ENDS = {0.0: "0\nzero-shot", 1.0: "1\nfine-tuned"}
+
+
+def _legible(alphas: Sequence[float], where: Sequence[float], scale: float) -> list[int]:
+    """Return which labels to write: both ends and every second, third, ... of the others, so that none touch."""
+
+    def clear(one: int, other: int) -> bool:
+        widths = (len(alpha_text(alphas[i])) for i in (one, other))
+        return scale * abs(where[one] - where[other]) >= sum(widths) / 2 + 0.5
+
+    every = range(len(alphas))
+    ends = [i for i in every if alphas[i] in _ENDS]
+    free = [i for i in every if all(i != end and clear(i, end) for end in ends)]
+    shares = ([i for i in every[::step] if i in free] for step in range(1, len(alphas) + 1))
+    others = next((share for share in shares if all(clear(*pair) for pair in pairwise(share))), [])
+    return sorted([*ends, *others])
 
 
 def place_in(layer: str, order: Sequence[str], part: str) -> str | None:

@@ -131,18 +131,17 @@ def _finish(ax: Axes, found: Ways) -> None:
 
 
 def _names(ax: Axes, found: Ways) -> None:
-    """Name the layers that weigh most, each on the first side of its dot where no other name stands."""
+    """Name the layers that weigh most, each on the first side of its dot where no other name stands, if any."""
     ranked = np.argsort(-np.abs(found.rise), kind="stable")[:NAMED]
     taken: list[Bbox] = []
     for i in ranked:
         if found.curvature[i] != 0 and found.layers[i] != MODEL:
             place, text = (found.distance[i], abs(found.curvature[i])), layer_label(found.layers[i], 28)
             dot = ax.transData.transform(place) * 72 / ax.figure.dpi
-            side, box = next(
-                ((side, box) for side in SIDES if not (box := _box(dot, text, side)).count_overlaps(taken)),
-                (SIDES[0], _box(dot, text, SIDES[0])),
-            )
-            taken.append(box)
+            free = (side for side in SIDES if not _box(dot, text, side).count_overlaps(taken))
+            if (side := next(free, None)) is None:
+                continue
+            taken.append(_box(dot, text, side))
             offset: Look = {"textcoords": "offset points", "xytext": side[1:], "ha": side[0], "fontsize": SMALL}
             literal([ax.annotate(text, place, **offset)])
 

@@ -50,21 +50,26 @@ def heatmap_figure(result: ScanResult, measure: str = "trace", *, ax: Sequence[A
         If the scan holds no such measure.
     """
     grid = heat_grid(result, measure)
+    names = [_label(name, result, grid) for name in grid.layers]
     with styled():
         made = panels(ax, (1, 2), (7.8, 1.75 + 0.235 * len(grid.layers)), sharey=True)
         first, second = made
         _absolute(first, grid)
         _ratio(second, grid)
         for panel in made:
-            alpha_axis(panel, grid.alphas, list(map(float, range(len(grid.alphas)))))
+            alpha_axis(panel, grid.alphas, list(map(float, range(len(grid.alphas)))), digits=_room(names))
             panel.set_xlabel("alpha")
             panel.spines[:].set_visible(False)
             panel.tick_params(length=0, left=False)
             layer_rows(panel, grid.layers, list(result.meta["layers"]))
-        names = [_label(name, result, grid) for name in grid.layers]
         layer_axis(first, grid.layers, list(result.meta["layers"]), names=names)
         _legend(first, grid, own=ax is None)
         return made
+
+
+def _room(names: Sequence[str]) -> float:
+    """Return how many digits fit side by side below a panel: two of them share what the names of layers leave."""
+    return 46 - min(40, max(map(len, names))) / 2
 
 
 def _label(layer: str, result: ScanResult, grid: Grid) -> str:

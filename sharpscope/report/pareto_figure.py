@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sharpscope.errors import UsageError
-from sharpscope.report.canvas import GRID, INK, MUTED, PAPER, SERIES, SHAPES, Look, axes, literal, styled
+from sharpscope.report.canvas import GRID, INK, PAPER, SERIES, SHAPES, Look, axes, literal, styled
 from sharpscope.report.choices import quoted
 from sharpscope.report.words import shortened
 from sharpscope.result import ScanResult
@@ -43,7 +43,9 @@ def pareto_figure(result: ScanResult, *, ax: Axes | None = None) -> Axes:
         made.set_ylabel("mean OOD accuracy, %")
         made.grid(color=GRID)
         title = "tried, scored on the half\nthat nothing was chosen on"
-        legend = made.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), title=title, alignment="left")
+        title += "" if len(uniform) < len(table) else "\n(no recipes were tried)"
+        spacing: Look = {"alignment": "left", "labelspacing": 0.8}  # rings are higher than a line
+        legend = made.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), title=title, **spacing)
         literal(legend.get_texts())
         return made
 
@@ -58,6 +60,3 @@ def _crosses(ax: Axes, table: pd.DataFrame) -> None:
         ax.errorbar(*place, xerr=arms[0], yerr=arms[1], fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.7)
         ring: Look = {"marker": "o", "mfc": "none", "mec": colour, "markersize": 13, "linestyle": "none"}
         ax.plot(*place, label=f"{label}: {shortened(str(row['recipe']), 20)}", zorder=5, **ring)
-    if table["kind"].nunique() == 1:
-        # Paths of CLIPs run from below on the left to above on the right: this corner is free.
-        ax.text(0.98, 0.02, "no recipes were tried", ha="right", transform=ax.transAxes, color=MUTED, fontsize=8)

@@ -40,7 +40,7 @@ def path_figure(result: ScanResult, *, ax: Sequence[Axes] | None = None) -> Pane
             mean = mean_ood(result)
             upper.plot(mean.alpha, mean.value, color=MUTED, linewidth=2.2, linestyle=(0, (2, 1)), label=MEAN_OOD)
         _mark_choice(made, verdict(result))
-        _finish_accuracy(upper)
+        _finish_accuracy(upper, own=ax is None)
         _finish_loss(lower)
         alpha_axis(lower, result.meta["alphas"])
         return made
@@ -77,11 +77,15 @@ def _mark_choice(made: Panels, found: Verdict) -> None:
         ax.axvline(chosen, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=label)
 
 
-def _finish_accuracy(ax: Axes) -> None:
+def _finish_accuracy(ax: Axes, *, own: bool) -> None:
     ax.set_title("Accuracy")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     ax.grid(axis="y", color=GRID)
-    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), title="data set, 95 % bands", alignment="left")
+    how: Look = {"title": "data set, 95 % bands", "alignment": "left"}
+    if own:  # of the figure: beside both panels, where that of one would take its height for a long list
+        legend = ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", **how)
+    else:
+        legend = ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), **how)
     literal(legend.get_texts())
 
 

@@ -71,11 +71,12 @@ def _draw(ax: Axes, across: Curve, up: Curve, style: Look) -> None:
         linewidth=0.8,
     )
     ax.plot(across.value, up.value, color=colour, linewidth=1.2, linestyle=style.get("linestyle", "-"))
-    ax.plot(across.value[1:-1], up.value[1:-1], color=colour, marker=marker, linestyle="none", markersize=3.5)
-    for place, face in ((0, PAPER), (-1, colour)):
+    between = ~np.isin(across.alpha, (0.0, 1.0))  # a path may lack an end or go beyond
+    ax.plot(across.value[between], up.value[between], color=colour, marker=marker, linestyle="none", markersize=3.5)
+    for alpha, face in ((0.0, PAPER), (1.0, colour)):
         ax.plot(
-            across.value[place],
-            up.value[place],
+            across.value[across.alpha == alpha],
+            up.value[across.alpha == alpha],
             color=colour,
             marker=marker,
             markersize=9,

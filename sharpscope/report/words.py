@@ -21,6 +21,7 @@ MEASURES = {
 }
 GAUSS_NEWTON = "gauss_newton_"
 MOST = 6  # digits after the point
+LEAST = 6  # characters of a shortened name's end
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -59,13 +60,18 @@ def layer_label(layer: str, limit: int = 40) -> str:
 
     >>> layer_label("vision_model.encoder.layers.11.self_attn.q_proj.weight")
     'v.e.layers.11.self_attn.q_proj.weight'
+    >>> layer_label("vision_model.encoder.layers.11.layer_norm2.attention_output_projection", 24)
+    'v.e.l.11.l2…t_projection'
     """
     parts = layer_name(layer).split(".")
     for place, part in enumerate(parts[:-1]):
         if len(".".join(parts)) > limit and not part.isdigit():
-            parts[place] = part[:1]
-    name = ".".join(parts)
-    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+            parts[place] = part[:1] + "".join(filter(str.isdigit, part[1:]))
+    name, start = ".".join(parts), ".".join(parts[:-1])
+    if len(name) <= limit:
+        return name
+    start = start if len(start) <= limit - LEAST else ""
+    return f"{start}…{name[len(start) + 1 - limit :]}"
 
 
 def shortened(name: str, limit: int = 40) -> str:
