@@ -14,14 +14,13 @@ from torch.func import functional_call
 
 from sharpscope.curvature.point import Point
 from sharpscope.errors import ModelError, UsageError
-from sharpscope.models.installed import TORCHVISION_FIX, imported, torchvision_mismatch
+from sharpscope.models.installed import TORCHVISION_FIX, distribution, imported, torchvision_mismatch
 from sharpscope.objective import Batch, Objective
 from sharpscope.soundness import asymmetry
 from sharpscope.tree import Tree, axpy, gaussian, norm, scaled
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "safetensors", "pillow", "tqdm", "typer", "pydantic")
 _READERS = (("transformers", "CLIPModel"), ("open_clip", None), ("timm", None))
-_DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
 _STEP = 1e-5  # of the finite difference, for a vector of length 1
 _TOLERANCE = 1e-7  # relative; a wrong rule of differentiation is off by 1e-2, rounding by 1e-10
 
@@ -106,7 +105,7 @@ def _installed(name: str) -> str | None:
 
 
 def _reader(name: str, member: str | None) -> Check:
-    version = _installed(_DISTRIBUTIONS.get(name, name))
+    version = _installed(distribution(name))
     if version is None:
         return Check(name, "not installed; only its own models need it")
     try:

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import clips
@@ -382,6 +383,13 @@ def test_the_hub_is_tried_once(monkeypatch):
     checkpoint._hub_is_reachable.cache_clear()
 
 
+def say_version(folder, name, version):
+    """Put there what pip leaves beside a package."""
+    about = folder / f"{name}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 @pytest.fixture
 def wrong_torchvision(tmp_path, monkeypatch):
     """A torchvision as pip installs it, whose import fails as one for another torch does."""
@@ -389,10 +397,8 @@ def wrong_torchvision(tmp_path, monkeypatch):
     failure = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(failure)
     (tmp_path / "open_clip.py").write_text("import torchvision\n")
-    for name in ("torchvision", "open_clip_torch"):
-        about = tmp_path / f"{name}-0.99.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.99\n")
+    say_version(tmp_path, "torchvision", "0.99")
+    say_version(tmp_path, "open_clip_torch", "3.99")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("torchvision", "open_clip"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -414,6 +420,42 @@ def test_doctor_finds_it(wrong_torchvision):
     assert "torchvision 0.99 was built for another torch than" in found["torchvision"].found
     assert "pip uninstall torchvision" in found["torchvision"].found
     assert found["open_clip"].passed is False
+
+
+@pytest.mark.parametrize(("version", "taken"), [("2.32.0", False), ("3.0.0rc1", True), ("3.10.2", True), ("dev", True)])
+def test_a_library_that_is_too_old_is_said(tmp_path, monkeypatch, version, taken):
+    (tmp_path / "open_clip.py").write_text("")
+    say_version(tmp_path, "open_clip_torch", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    if taken:
+        assert installed.imported("open_clip").__file__ == str(tmp_path / "open_clip.py")
+        return
+    with pytest.raises(UsageError) as caught:
+        load("oc:ViT-B-32/openai")
+    said = "open_clip_torch 2.32.0 is too old, 3.0 or newer is needed"
+    assert str(caught.value) == f'{said}\n  fix: pip install --upgrade "open_clip_torch>=3.0"'
+
+
+def test_the_oldest_libraries_are_those_that_the_extras_ask_for():
+    extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    asked = {need for name in ("clip", "openclip", "timm") for need in extras[name]}
+    assert asked == {f"{installed.distribution(name)}>={'.'.join(map(str, n))}" for name, n in installed.LEAST.items()}
+
+
+def test_a_tokenizer_that_does_not_go_with_transformers_is_said():
+    from sharpscope.models.openclip import OpenClip
+
+    class Old:
+        def __call__(self, texts):
+            return self.batch_encode_plus(texts)
+
+    model = OpenClip(torch.nn.Identity(), "ViT-X")
+    model.tokenizer = Old()
+    with pytest.raises(ModelError, match=r"tokenizer of ViT-X cannot be run: .*batch_encode_plus'?\n  fix: pip"):
+        model.tokens(["a"])
 
 
 def test_a_library_that_is_not_installed_is_said(monkeypatch):

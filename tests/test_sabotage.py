@@ -294,7 +294,8 @@ BREAKAGES = {
         "test_optim_audit.py::test_the_mean_is_over_the_labels_that_count",
     ),
     "decisions are dropped with their chunks": (
-        "optim/selective.py", "self.carry(self.activity())\n        self._plans", "self.activity()\n        self._plans",
+        "optim/selective.py",
+        "self.carry(self.activity())\n        self._plans", "self.activity()\n        self._plans",
         "test_optim_laws.py::test_no_decision_is_lost_where_state_groups_or_the_tensors_with_gradients_change[group]",
     ),
     "means of the same accuracies differ by rounding": (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from types import ModuleType
 
 from sharpscope.errors import UsageError
 
 _EXTRA = {"transformers": "clip", "open_clip": "openclip", "timm": "timm"}
+_DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
+LEAST = {"transformers": (4, 45), "open_clip": (3, 0), "timm": (1, 0)}  # as the extras of pyproject.toml ask for
 TORCHVISION_FIX = (
     "pip uninstall torchvision (transformers and sharpscope need none), or install the one made for this torch"
 )
@@ -21,7 +24,7 @@ def imported(name: str, member: str | None = None) -> ModuleType:
     Raises
     ------
     UsageError
-        If it is not installed, or cannot be imported, e.g. because torchvision was built for another torch.
+        If it is not installed, too old, or cannot be imported, e.g. because torchvision was built for another torch.
     """
     try:
         absent = importlib.util.find_spec(name) is None
@@ -32,6 +35,7 @@ def imported(name: str, member: str | None = None) -> ModuleType:
             f"reading this model needs the package {name}, which is not installed",
             f'pip install "sharpscope[{_EXTRA[name]}]"',
         )
+    _check_age(name)
     try:
         found = importlib.import_module(name)
         if member is not None:
@@ -41,10 +45,30 @@ def imported(name: str, member: str | None = None) -> ModuleType:
     return found
 
 
+def distribution(name: str) -> str:
+    """Return the name that a library is installed by."""
+    return _DISTRIBUTIONS.get(name, name)
+
+
+def _check_age(name: str) -> None:
+    """Raise for a version before those that are read; one that says no number is taken."""
+    try:
+        version = importlib.metadata.version(distribution(name))
+    except importlib.metadata.PackageNotFoundError:  # a copy that was put on the path
+        return
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if numbers and numbers < LEAST[name]:
+        least = ".".join(map(str, LEAST[name]))
+        raise UsageError(
+            f"{distribution(name)} {version} is too old, {least} or newer is needed",
+            f'pip install --upgrade "{distribution(name)}>={least}"',
+        )
+
+
 def _broken(name: str, error: BaseException) -> UsageError:
     if (reason := torchvision_mismatch()) is not None:
         return UsageError(f"{name} cannot be imported: {reason}", TORCHVISION_FIX)
-    return UsageError(f"{name} cannot be imported: {first_line(error)}", f"pip install --upgrade {name}")
+    return UsageError(f"{name} cannot be imported: {first_line(error)}", f"pip install --upgrade {distribution(name)}")
 
 
 def torchvision_mismatch() -> str | None:

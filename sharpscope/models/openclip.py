@@ -96,7 +96,13 @@ class OpenClip:
 
     def tokens(self, texts: Sequence[str], *, cut: bool = False) -> Mapping[str, Tensor]:
         """Return padded token ids; open_clip itself cuts a text that is too long."""
-        ids: Tensor = self.tokenizer(list(texts))
+        try:
+            ids: Tensor = self.tokenizer(list(texts))
+        except AttributeError as error:  # open_clip before 3.3 beside transformers 5, which dropped what it calls
+            raise ModelError(
+                f"the tokenizer of {self._config} cannot be run: {first_line(error)}",
+                "pip install --upgrade open_clip_torch, to one that goes with the installed transformers",
+            ) from error
         longest = ids.shape[1]
         for text, row in () if cut else zip(texts, ids, strict=True):
             if row[-1] != 0 and (used := self._length(text)) > longest:  # 0 pads where nothing was cut
