@@ -36,7 +36,7 @@ def svg(figure: Any) -> str:
     buffer = io.StringIO()
     with styled(), mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sharpscope"}), warnings.catch_warnings():
         # Text stays text: the browser has the glyphs (of class names, say) that the font used for layout lacks.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")
         figure.savefig(buffer, format="svg", metadata=_UNDATED)
     return buffer.getvalue()
 
