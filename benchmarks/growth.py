@@ -25,7 +25,8 @@ from path import seconds
 from towers import SIZES, tower
 
 from sharpscope.budget import limited
-from sharpscope.curvature.graphs import HEADROOM, free_bytes
+from sharpscope.capacity import free_bytes
+from sharpscope.curvature.graphs import HEADROOM
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.losses import cross_entropy

@@ -37,7 +37,8 @@ def _working(chosen: str) -> torch.device:
     """Return the device of this name, on which a number was made and read back."""
     try:
         # A name alone says nothing: torch.device("cuda") exists without a GPU, and "meta" holds no numbers.
-        torch.ones((), device=chosen).item()
+        # Float64, in which sums are taken, is what Apple's "mps" has not.
+        torch.ones((), device=chosen, dtype=torch.float64).item()
         return torch.device(chosen)
     except torch.OutOfMemoryError:
         raise  # the device is there, and full
@@ -45,6 +46,6 @@ def _working(chosen: str) -> torch.device:
         known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         said = str(refusal).partition("\n")[0]
         raise UsageError(
-            f"--device {chosen} (device={chosen!r}) is no device of this machine: {said}",
+            f"--device {chosen} (device={chosen!r}) is no device of this machine that can be computed on: {said}",
             f"one of {', '.join(known)}, or leave it out",
         ) from refusal

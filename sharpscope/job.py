@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpscope._version import __version__
-from sharpscope.curvature.graphs import HEADROOM, free_bytes
+from sharpscope.capacity import free_bytes
+from sharpscope.curvature.graphs import HEADROOM
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split

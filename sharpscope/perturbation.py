@@ -13,8 +13,8 @@ from torch.func import grad_and_value, vmap
 
 from sharpscope.apgd import ascend
 from sharpscope.ball import Ball, Norm, check
+from sharpscope.capacity import free_bytes
 from sharpscope.curvature.estimate import Estimate, Estimates, mean_and_error
-from sharpscope.curvature.graphs import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.errors import UsageError
 from sharpscope.losses import logit_normalised

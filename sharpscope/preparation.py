@@ -14,7 +14,7 @@ from sharpscope.agreement import check_same_forward
 from sharpscope.batches import check_taken
 from sharpscope.budget import GraphBytes, pieces_for
 from sharpscope.caches import check_caches
-from sharpscope.curvature.graphs import free_bytes
+from sharpscope.capacity import free_bytes
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split

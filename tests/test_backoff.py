@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpscope
 from sharpscope.backoff import back_off, is_out_of_memory
 from sharpscope.budget import GraphBytes, pieces_for
-from sharpscope.curvature.graphs import Graphs, Part, free_bytes
+from sharpscope.capacity import free_bytes
+from sharpscope.curvature.graphs import Graphs, Part
 from sharpscope.curvature.groups import pieces_of
 from sharpscope.curvature.point import Point
 from sharpscope.errors import MeasurementError, UsageError

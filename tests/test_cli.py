@@ -374,7 +374,7 @@ def test_errors_are_two_lines_on_stderr_without_traceback(flags, tmp_path):
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_before_images_are_read(run, flags, monkeypatch, device):
-    said = f"error: --device {device} (device='{device}') is no device of this machine: "
+    said = f"error: --device {device} (device='{device}') is no device of this machine that can be computed on: "
     code, out, err = run("report", *flags, "--dry-run", "--device", device)
     assert (code, out, err[: len(said)]) == (2, "", said)
     monkeypatch.setattr(command, "material", lambda *_, **__: pytest.fail("images were read"))

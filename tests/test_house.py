@@ -19,7 +19,7 @@ ROOMS = [
     ["tree", "naming"],
     ["partition"],
     ["recipe_file"],
-    ["device", "path", "ball", "losses", "sparsity", "ranks", "board", "weight_norm"],
+    ["device", "capacity", "path", "ball", "losses", "sparsity", "ranks", "board", "weight_norm"],
     ["objective"],
     ["network", "batches", "loaders", "data", "precision", "provenance"],
     ["gathering"],

@@ -215,7 +215,10 @@ class Unread:
 # torch refuses each in its own way: RuntimeError, AssertionError, ImportError, no numbers, TypeError
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "hpu", "meta", 1.5])
 def test_a_device_that_is_not_there_is_refused_before_data_are_read(device):
-    with pytest.raises(UsageError, match=rf"--device {device} .* is no device of this machine: .*\n  fix: one of cpu"):
+    with pytest.raises(
+        UsageError,
+        match=rf"--device {device} .* is no device of this machine that can be computed on: .*\n  fix: one of cpu",
+    ):
         sharpscope.scan(*pair("mlp"), Unread(), device=device)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -29,27 +27,6 @@ Names = Sequence[str]
 Block = Callable[[Graph, Names, Tree, bool], Tree]  # see `Part`
 Exact = Callable[[Graph], Graph]
 HEADROOM = 0.5  # share of free memory that kept graphs may take; products need room of their own
-
-
-def free_bytes(device: torch.device, limit: int | None = None) -> int:
-    """Return the free memory of the device (of this machine for a CPU), within what this process may take of it."""
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        taken = torch.cuda.memory_allocated(device)
-        cached = torch.cuda.memory_reserved(device) - taken  # given back when asked for
-        free, total = torch.cuda.mem_get_info(device)
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - taken
-        return max(min(int(free) + cached, allowed), 0)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free if limit is None else max(min(free, limit - _resident()), 0)
-
-
-def _resident() -> int:
-    """Return the memory that this process holds, 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 class _SavedBytes:

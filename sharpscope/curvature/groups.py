@@ -6,7 +6,6 @@ these views, it gives a gradient, and a product, of each group; their sum is the
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sharpscope.capacity import total_bytes
 from sharpscope.objective import Batch, Objective
 from sharpscope.precision import matmul_precision
 from sharpscope.tree import Tree, norm
@@ -135,10 +135,7 @@ def _two(batch: Batch, found: Grouping) -> Piece:
 
 def _memory(device: torch.device, limit: int | None) -> int:
     """Return all memory of the device, or the limit: what is free differs from run to run, and with it probes would."""
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = total_bytes(device)
     return total if limit is None else min(total, limit)
 
 

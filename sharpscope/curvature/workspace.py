@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from sharpscope.capacity import free_bytes
 from sharpscope.curvature.gradient import TRIES, GradientGraph, RenewedGraph, differentiated, graph
-from sharpscope.curvature.graphs import HEADROOM, Graphs, free_bytes
+from sharpscope.curvature.graphs import HEADROOM, Graphs
 from sharpscope.curvature.groups import Grouping, Piece, grouping
 from sharpscope.curvature.half import Half
 from sharpscope.curvature.recorded import Products, Recorder, shortened

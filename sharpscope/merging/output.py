@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ def _remove(place: Path) -> None:
 def _exchange(new: Path, old: Path) -> None:
     """Let two directories change places, in one step where the system can: a kill leaves one whole or the other."""
     at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 and renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
         return
     aside = old.with_name(f"{old.name}.{os.getpid()}.old")
