@@ -10,7 +10,7 @@ import typer
 
 from sharpscope._version import __version__
 from sharpscope.commands.scans import demo, report
-from sharpscope.commands.terminal import guarded, say, tell
+from sharpscope.commands.terminal import guarded, say, tell, write_what_can_be
 from sharpscope.commands.verdicts import check, diff
 from sharpscope.commands.weights import convert, layers, merge
 from sharpscope.errors import SharpscopeError
@@ -63,6 +63,7 @@ def main() -> None:
     """Run the command line."""
     # Threads that spin while they wait make small models ten times slower on a machine that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    write_what_can_be()
     app(prog_name="sharpscope")
 
 

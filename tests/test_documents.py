@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from planted import planted
 from typer.testing import CliRunner
 
 from sharpscope.cli import app
+from sharpscope.commands.terminal import write_what_can_be
 from sharpscope.config import settings, write_config
 from sharpscope.errors import UsageError
 from sharpscope.leftovers import OWN
@@ -239,3 +241,25 @@ def test_a_mistake_that_nobody_reads_of_is_a_mistake_and_no_failed_gate(world):
     words = [sys.executable, "-m", "sharpscope", "check", "gone", "--rules", "r.toml"]
     assert subprocess.run(words, stderr=written, timeout=60).returncode == UsageError.exit_code
     os.close(written)
+
+
+def test_a_stdout_that_lacks_a_letter_has_one_in_its_place(world):
+    words = [sys.executable, "-m", "sharpscope", "report", "scan"]
+    done = [
+        subprocess.run(words, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": encoding})
+        for encoding in ("utf-8", "cp1252")
+    ]
+    assert [one.returncode for one in done] == [0, 0]
+    whole, plain = (one.stdout.decode(encoding) for one, encoding in zip(done, ("utf-8", "cp1252"), strict=True))
+    assert "\u2212" in whole
+    assert plain == whole.replace("\u2212", "-")
+
+
+def test_what_no_plain_letter_stands_for_is_escaped_as_json_has_it(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)  # as where a program has no console
+    write_what_can_be()
+    json.dump({"name": "caf\u00e9 \u732b \U0001f63a \u22121"}, sys.stdout, ensure_ascii=False)
+    sys.stdout.flush()
+    assert json.loads(written.getvalue()) == {"name": "caf\u00e9 \u732b \U0001f63a -1"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
+import json
 import os
 import sys
 import traceback
@@ -20,6 +23,22 @@ if TYPE_CHECKING:
     from sharpscope.result import ScanResult
 
 INTERRUPTED = 130
+_PLAIN = {"\u2212": "-", "\u2013": "-", "\u2026": "...", "×": "x", "±": "+-", "‖": "||"}
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for letters that an encoding lacks: plain ones for our own, else escapes as JSON has them."""
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(letter) or json.dumps(letter)[1:-1] for letter in lost), error.end
+
+
+def write_what_can_be() -> None:
+    """Let no letter end a command, as a minus sign would where stdout is a file in the code page of a Windows."""
+    codecs.register_error("sharpscope", _in_plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="sharpscope")
 
 
 def rank() -> int:
