@@ -19,7 +19,7 @@ from sharpscope.objective import Batch, Objective
 from sharpscope.soundness import asymmetry
 from sharpscope.tree import Tree, axpy, gaussian, norm, scaled
 
-PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "safetensors", "pillow", "tqdm", "typer", "pydantic")
+PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "safetensors", "pillow", "tqdm", "psutil", "typer", "pydantic")
 _READERS = (("transformers", "CLIPModel"), ("open_clip", None), ("timm", None))
 _STEP = 1e-5  # of the finite difference, for a vector of length 1
 _TOLERANCE = 1e-7  # relative; a wrong rule of differentiation is off by 1e-2, rounding by 1e-10

@@ -88,7 +88,7 @@ def _check_inside(meta: Mapping[str, Any]) -> None:
     """Raise for values of the right kind that nothing can be made of."""
     if meta["seed"] < 0:
         raise ValueError(f"seed is {meta['seed']}")
-    if meta.get("curvature_split", next(iter(meta["splits"]))) not in meta["splits"]:
+    if "curvature_split" in meta and meta["curvature_split"] not in meta["splits"]:
         raise ValueError(f"its curvature_split {meta['curvature_split']!r} is none of its splits")
     for layer, names in meta.get("partition", {}).items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

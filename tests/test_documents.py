@@ -260,6 +260,6 @@ def test_what_no_plain_letter_stands_for_is_escaped_as_json_has_it(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", None)  # as where a program has no console
     write_what_can_be()
-    json.dump({"name": "caf\u00e9 \u732b \U0001f63a \u22121"}, sys.stdout, ensure_ascii=False)
+    json.dump({"name": "caf\u00e9 \u732b \U0001f63a \u22121 10⁻¹⁵ 10⁶"}, sys.stdout, ensure_ascii=False)
     sys.stdout.flush()
-    assert json.loads(written.getvalue()) == {"name": "caf\u00e9 \u732b \U0001f63a -1"}
+    assert json.loads(written.getvalue()) == {"name": "caf\u00e9 \u732b \U0001f63a -1 10^-15 10^6"}

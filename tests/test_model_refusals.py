@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import clips
@@ -422,7 +421,9 @@ def test_doctor_finds_it(wrong_torchvision):
     assert found["open_clip"].passed is False
 
 
-@pytest.mark.parametrize(("version", "taken"), [("2.32.0", False), ("3.0.0rc1", True), ("3.10.2", True), ("dev", True)])
+@pytest.mark.parametrize(
+    ("version", "taken"), [("2.32.0", False), ("3.10.2", True), ("3.4.0.dev0", True), ("dev", True)]
+)
 def test_a_library_that_is_too_old_is_said(tmp_path, monkeypatch, version, taken):
     (tmp_path / "open_clip.py").write_text("")
     say_version(tmp_path, "open_clip_torch", version)
@@ -433,16 +434,8 @@ def test_a_library_that_is_too_old_is_said(tmp_path, monkeypatch, version, taken
         return
     with pytest.raises(UsageError) as caught:
         load("oc:ViT-B-32/openai")
-    said = "open_clip_torch 2.32.0 is too old, 3.0 or newer is needed"
+    said = "open_clip_torch 2.32.0 is too old, >=3.0 is needed"
     assert str(caught.value) == f'{said}\n  fix: pip install --upgrade "open_clip_torch>=3.0"'
-
-
-def test_the_oldest_libraries_are_those_that_the_extras_ask_for():
-    extras = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    asked = {need for name in ("clip", "openclip", "timm") for need in extras[name]}
-    assert asked == {f"{installed.distribution(name)}>={'.'.join(map(str, n))}" for name, n in installed.LEAST.items()}
 
 
 def test_a_tokenizer_that_does_not_go_with_transformers_is_said():

@@ -222,6 +222,19 @@ def test_a_device_that_is_not_there_is_refused_before_data_are_read(device):
         sharpscope.scan(*pair("mlp"), Unread(), device=device)
 
 
+def test_a_device_without_float64_is_refused_before_data_are_read(monkeypatch):
+    ones = torch.ones
+
+    def without(*shape, dtype=None, **how):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return ones(*shape, dtype=dtype, **how)
+
+    monkeypatch.setattr(torch, "ones", without)
+    with pytest.raises(UsageError, match=r"can be computed on: Cannot convert a MPS Tensor to float64"):
+        sharpscope.scan(*pair("mlp"), Unread(), device="cpu")
+
+
 def test_a_device_that_is_full_is_not_taken_for_one_that_is_not_there(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _PLAIN = {"\u2212": "-", "\u2013": "-", "\u2026": "...", "×": "x", "±": "+-", "‖": "||"}
+_POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 def _in_plain(error: UnicodeError) -> tuple[str, int]:
     """Return what stands for letters that an encoding lacks: plain ones for our own, else escapes as JSON has them."""
     assert isinstance(error, UnicodeEncodeError)
     lost = error.object[error.start : error.end]
+    lost = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: "^" + power[0].translate(_POWERS), lost)
     return "".join(_PLAIN.get(letter) or json.dumps(letter)[1:-1] for letter in lost), error.end
 
 

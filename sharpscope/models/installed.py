@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import re
 from types import ModuleType
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from sharpscope.errors import UsageError
 
 _EXTRA = {"transformers": "clip", "open_clip": "openclip", "timm": "timm"}
 _DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
-LEAST = {"transformers": (4, 45), "open_clip": (3, 0), "timm": (1, 0)}  # as the extras of pyproject.toml ask for
 TORCHVISION_FIX = (
     "pip uninstall torchvision (transformers and sharpscope need none), or install the one made for this torch"
 )
@@ -51,17 +52,18 @@ def distribution(name: str) -> str:
 
 
 def _check_age(name: str) -> None:
-    """Raise for a version before those that are read; one that says no number is taken."""
+    """Raise for a version that sharpscope's own extras do not ask for; one that is none is taken."""
     try:
         version = importlib.metadata.version(distribution(name))
-    except importlib.metadata.PackageNotFoundError:  # a copy that was put on the path
+        needs = map(Requirement, importlib.metadata.requires("sharpscope") or ())
+        asked = next(need for need in needs if need.name == distribution(name))
+        known = asked.specifier.contains(Version(version), prereleases=True)
+    except (importlib.metadata.PackageNotFoundError, StopIteration, InvalidVersion):  # a copy on the path, or a fork
         return
-    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if numbers and numbers < LEAST[name]:
-        least = ".".join(map(str, LEAST[name]))
+    if not known:
         raise UsageError(
-            f"{distribution(name)} {version} is too old, {least} or newer is needed",
-            f'pip install --upgrade "{distribution(name)}>={least}"',
+            f"{asked.name} {version} is too old, {asked.specifier} is needed",
+            f'pip install --upgrade "{asked.name}{asked.specifier}"',
         )
 
 
