@@ -68,10 +68,10 @@ class Place:
 class Workspace:
     """Gives each point its place.
 
-    On a GPU where the device waits for the host the second point's stays for the next ones: the gradient graph of every
-    batch is recorded, with the products through it, and at another point all is replayed on the same memory with new
-    weights. A point is of no use any more once its workspace has served the next one. Elsewhere each point has a place
-    of its own.
+    On a GPU where the device waits for the host the second point's (the first's, where there are several batches) stays
+    for the next ones: the gradient graph of every batch is recorded, with the products through it, and at another point
+    all is replayed on the same memory with new weights. A point is of no use any more once its workspace has served the
+    next one. Elsewhere each point has a place of its own.
 
     Parameters
     ----------
@@ -120,9 +120,11 @@ class Workspace:
         budget = int(free_bytes(device) * HEADROOM) if graph_bytes is None else graph_bytes
         place = self._plain(objective, how, weights, names, budget)
         self._points += 1
-        # Recording takes as long as some twenty gradients, more than it saves at a single point. What processes gather
-        # meanwhile cannot be recorded.
-        if self._points > 1 and self._recorder.on and objective.pieces == 1 and objective.again is None:
+        # Recording takes as long as some twenty gradients of one batch, more than it saves at a single point with all
+        # examples in one; of eight small batches it saves three times that. What processes gather meanwhile cannot be
+        # recorded.
+        pays = self._points > 1 or len(objective.own_batches) > 1
+        if pays and self._recorder.on and objective.pieces == 1 and objective.again is None:
             if not self._waits(place):
                 self._recorder.on = False
                 return place
