@@ -39,9 +39,9 @@ def about(result: Mapping[str, Any]) -> str:
     return f"{place}, torch {torch}, commit {machine['sharpscope_commit']}."
 
 
-def path() -> str:
+def path(run: str = "b32") -> str:
     """Return what an alpha of a scan costs, at the first and the next places of the path."""
-    result = json.loads((RESULTS / "path-b32-h200.json").read_text())
+    result = json.loads((RESULTS / f"path-{run}-h200.json").read_text())
     measured = ("setup", "trace", "lambda_max", "m_sharpness")
     rows = []
     for row in result["rows"]:
@@ -118,6 +118,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layerwise": partial(layerwise, "cpu"),
     "layerwise_h200": partial(layerwise, "h200"),
     "path": path,
+    "path_tensor": partial(path, "b32-tensor"),
     "moves": moves,
     "growth": growth,
     "scaling": scaling_table.table,
