@@ -197,7 +197,7 @@ def _sets(ood: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(ood, Mapping):
         raise UsageError(f"ood is a {type(ood).__name__}: needs loaders by name", "ood={'sketch': loader}")
-    if odd := [name for name in ood if not isinstance(name, str)]:
+    if odd := [name for name in ood if not isinstance(name, str) or not name.strip()]:
         raise UsageError(f"ood has a set called {odd[0]!r}: needs names in text", "ood={'sketch': loader}")
     return ood
 

@@ -62,6 +62,7 @@ def test_limits_of_numpy_are_taken_for_interventions(tmp_path):
         ({"alphas": 1}, r"alphas=1: needs a whole number, 2 or more\n  fix: a path has two ends"),
         ({"ood": [1]}, "ood is a list: needs loaders by name"),
         ({"ood": {1: loader()}}, "a set called 1: needs names in text"),
+        ({"ood": {" ": loader()}}, "a set called ' ': needs names in text"),
         ({"patterns": ["0"]}, "patterns=.* needs layer ids with regular expressions"),
         ({"patterns": {"stem": 3}}, "the pattern 3 of 'stem' is no regular expression"),
         *(({name: 2.5}, f"{name}=2.5: needs a whole number") for name in ("limit", "batch_size", "seed", "chains")),
