@@ -1,5 +1,7 @@
 """Attention's closed form, its kernels, and recorded products. Recording and kernels need a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +187,27 @@ def test_recorded_points_are_the_unrecorded_ones_along_a_path(slow, part, graph_
     assert workspace._recorder.on == (slow == 0.0)
 
 
+@pytest.mark.parametrize(("batches", "recorded_at"), [(1, [2]), (3, [1])])
+def test_the_first_point_is_recorded_where_there_are_several_batches(batches, recorded_at, monkeypatch):
+    """Once recorded, a place serves the points after it."""
+    monkeypatch.setattr("sharpscope.curvature.workspace.Recorder", Counting)
+    monkeypatch.setattr(Counting, "__init__", lambda self, device: setattr(self, "on", True))
+    monkeypatch.setattr(Workspace, "_waits", lambda self, place: True)
+    monkeypatch.setattr(Workspace, "_moved", lambda self, place, weights: True)
+    calls = []
+
+    def recorded(self, objective, how, weights, names, budget):
+        calls.append(self._points)
+        return self._plain(objective, how, weights, names, budget)
+
+    monkeypatch.setattr(Workspace, "_recorded", recorded)
+    goal, weights = objective("cpu", torch.float64)
+    goal, workspace = replace(goal, batches=goal.batches[:batches]), Workspace()
+    for _ in range(3):
+        Point(goal, weights, tuple(weights), workspace=workspace)
+    assert calls == recorded_at
+
+
 class Waiting(Mapped):
     """A network that looks at a number on the host, which no recording can."""
 
@@ -196,10 +219,8 @@ class Waiting(Mapped):
 def test_a_network_that_cannot_be_recorded_is_measured_all_the_same(monkeypatch):
     monkeypatch.setattr("sharpscope.curvature.recorded.SLOW", 0.0)
     goal, weights = objective("cuda", torch.float64, Waiting)
-    workspace = Workspace()
-    Point(goal, weights, tuple(weights), workspace=workspace)
     with pytest.warns(UserWarning, match="unrecorded"):
-        point = Point(goal, weights, tuple(weights), workspace=workspace)
+        point = Point(goal, weights, tuple(weights), workspace=Workspace())
     v = tree.gaussian(weights, "v")
     torch.testing.assert_close(point.product(v), Point(goal, weights, tuple(weights)).product(v))
 
