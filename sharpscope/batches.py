@@ -17,6 +17,10 @@ IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels", "cls")
 CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt")
 _FORM = f"a loader of (x, y) pairs, or of dicts with one of {IMAGE_KEYS} and one of {LABEL_KEYS}"
+_MARKS = {  # labels that are none
+    -1: " (-1 stands for 'no label' in many sets, often their test split)",
+    -100: " (-100 stands for 'no label' in torch's losses; every image here is judged: leave out those without one)",
+}
 _FLAGS = (bool, int, float, str, type(None))  # of a batch: settings of the forward or nothing, no inputs
 _PACKED = "several inputs packed into one tensor, which the forward of a wrapper around the model takes apart"
 
@@ -134,6 +138,12 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
     else:
         inputs, targets = item if isinstance(item, tuple | list) and len(item) == 2 else (None, None)
         found = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+    if isinstance(item, tuple | list) and len(item) > 2:
+        raise DataError(
+            f"{where} is {found}; which of them are images and labels is not known",
+            f"{_FORM}; of (x, y, more): DataLoader(..., collate_fn=lambda items: default_collate([i[:2] for i in "
+            "items]))",
+        )
     if inputs is None or targets is None:
         raise DataError(f"{where} is {found}, without labels; accuracy and loss are measured, which need them", _FORM)
     return inputs, targets
@@ -174,7 +184,7 @@ def check_range(targets: Tensor, classes: int, name: str) -> None:
     """Raise if a label is no number of one of so many outputs."""
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
-        unlabelled = " (-1 stands for 'no label' in many sets, often their test split)" if low == -1 else ""
+        unlabelled = _MARKS.get(low, "")
         raise DataError(
             f"{name!r} has labels {low}..{high}, the model has {classes} outputs (0..{classes - 1})" + unlabelled,
             "check that labels and model number the same classes",

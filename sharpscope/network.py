@@ -33,7 +33,7 @@ class Network:
 
     def forward(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the logits ``(n, classes)`` at the weights; ``weights`` must hold parameters and buffers."""
-        tied = {name: weights[first] for name, first in self._ties.items() if first in weights}
+        tied = {name: weights[first] for name, first in self.ties.items() if first in weights}
         with _attributes_kept(self._own):
             # Left to itself torch puts tensors in by every name of a submodule, and gives back what it found last.
             return logits(functional_call(self.module, {**weights, **tied}, (inputs,), tie_weights=False))
@@ -44,7 +44,7 @@ class Network:
         return [vars(sub) for sub in self.module.modules()]
 
     @cached_property
-    def _ties(self) -> dict[str, str]:
+    def ties(self) -> dict[str, str]:
         """Further places of a tensor, each by the one name that its submodule goes by here -> its first name."""
         first: dict[int, str] = {}
         found = {}

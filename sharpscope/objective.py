@@ -243,7 +243,14 @@ def check_additive(objective: Objective, weights: Tree) -> None:
 def _additive_parts(loss: Loss, outputs: Tensor, targets: Tensor) -> list[float]:
     """Return the loss of all examples and of each half."""
     half = len(targets) // 2
-    found = [loss(outputs[part], targets[part]) for part in (slice(None), slice(half), slice(half, None))]
+    try:
+        found = [loss(outputs[part], targets[part]) for part in (slice(None), slice(half), slice(half, None))]
+    except (RuntimeError, ValueError, TypeError, IndexError) as refusal:
+        raise UsageError(
+            f"the loss fails on outputs {tuple(outputs.shape)} {outputs.dtype} and class numbers "
+            f"{tuple(targets.shape)}: {refusal}",
+            f"{_SUM}; for targets in another form it makes them of the class numbers, e.g. by one_hot",
+        ) from refusal
     odd = next((part for part in found if not isinstance(part, Tensor) or part.ndim), None)
     if odd is not None:
         shape = f"a tensor of shape {tuple(odd.shape)}" if isinstance(odd, Tensor) else type(odd).__name__

@@ -91,10 +91,12 @@ class Plan:
         for name, (least, fix) in _WHOLE.items():
             if name != "limit" or self.limit is not None:
                 object.__setattr__(self, name, whole(name, getattr(self, name), least, fix))
-        if not callable(self.loss):
+        if not callable(self.loss) or isinstance(self.loss, type):
+            kind = "a class, no function" if isinstance(self.loss, type) else "no loss"
             raise UsageError(
-                f"loss={self.loss!r} is no loss",
-                "its name, e.g. loss='cross_entropy', or a function of outputs and targets that returns the sum",
+                f"loss={self.loss!r} is {kind}",
+                "its name, e.g. loss='cross_entropy', or a function of outputs and targets that returns the sum, "
+                "e.g. nn.CrossEntropyLoss(reduction='sum')",
             )
         if self.chains > len(self.alphas):
             raise UsageError(f"chains={self.chains} of {len(self.alphas)} alphas: 1 or more, each of an alpha or more")

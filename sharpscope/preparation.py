@@ -19,7 +19,7 @@ from sharpscope.curvature.point import Point
 from sharpscope.curvature.workspace import Workspace
 from sharpscope.data import Split
 from sharpscope.device import own_device
-from sharpscope.errors import ModelError, UsageError
+from sharpscope.errors import MismatchError, ModelError, UsageError
 from sharpscope.evaluate import class_count
 from sharpscope.gathering import Offloaded, ShardedNetwork, checked_mesh, sharded, spread
 from sharpscope.job import Job
@@ -84,6 +84,7 @@ def sharing_of(*models: Any) -> Parallel | None:
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
     """Return the path, the constant buffers, and a warning if buffers lie on the path."""
     first, second = networks
+    _check_ties(networks)
     check_same_structure(first.buffers, second.buffers, ROLES)
     moving = [n for n, b in first.buffers.items() if b.is_floating_point() and not torch.equal(b, second.buffers[n])]
     path = Path(
@@ -100,6 +101,17 @@ def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:
             f"{len(moving)} buffers differ between the models ({moving[0]}, ...) and are interpolated; {wrong}"
         )
     return path, {n: b for n, b in first.buffers.items() if n not in moving}, notes
+
+
+def _check_ties(networks: tuple[Network, Network]) -> None:
+    """Raise if a tensor is another one's in one model and its own in the other: by names it would only be missing."""
+    first, second = networks
+    for one, other, roles in ((first, second, ROLES), (second, first, ROLES[::-1])):
+        if tied := next((n for n in other.parameters if n in one.ties and n not in one.parameters), None):
+            raise MismatchError(
+                f"{tied!r} is tied to {one.ties[tied]!r} in {roles[0]} and has weights of its own in {roles[1]}",
+                "tie it in both or in neither: a parameter of its own, nn.Parameter(weight.detach().clone())",
+            )
 
 
 def _moved(tree: Tree, device: torch.device) -> Tree:
@@ -256,7 +268,8 @@ def _touched(
         curved = any(getattr(measure, "matrix", None) == "hessian" for measure in plan.measures)
         check_derivatives(first, network, weights, everything.names, curved)
     point = _of_few(first, weights, everything.names)
-    return everything.only(set(everything.names) - point.unused), GraphBytes.of(point.graph_bytes)
+    empty = {name for name in everything.names if not weights[name].numel()}  # has no curvature, and no direction
+    return everything.only(set(everything.names) - point.unused - empty), GraphBytes.of(point.graph_bytes)
 
 
 def _of_few(first: Objective, weights: Tree, names: Sequence[str]) -> Point:

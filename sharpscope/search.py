@@ -16,8 +16,8 @@ from sharpscope.journal import Journal
 from sharpscope.plan import Plan
 from sharpscope.recipe import Recipe
 from sharpscope.sparsity import sparsify
-from sharpscope.stragglers.recipes import recipe_key, score
-from sharpscope.stragglers.recommendation import halves, recommend
+from sharpscope.stragglers.recipes import recipe_key
+from sharpscope.stragglers.recommendation import halves, recommend, score
 from sharpscope.table import Cell, cell_key
 from sharpscope.tree import Tree, norm, select
 from sharpscope.trials import Trial, around, projections, ramps, sparse

@@ -53,6 +53,7 @@ def test_any_loader_gives_the_same_examples_again_and_again(loader):
         ([], "'id' gave no example"),
         ([X], "batch 0 of 'id' is a Tensor, without labels"),
         ([(X,)], "a tuple of 1, without labels"),
+        ([(X, Y, Y)], r"a tuple of 3; which of them are .* is not known\n  fix: .*i\[:2\] for i in items"),
         ([{"image": X}], r"mapping with keys \['image'\], without labels"),
         (
             [{"input_ids": X.long(), "attention_mask": X.long(), "labels": Y}],
@@ -232,9 +233,11 @@ def test_examples_that_drop_last_drops_are_said():
     assert len(split) == 8
 
 
-def test_a_label_of_minus_one_is_explained():
+def test_labels_that_stand_for_none_are_explained():
     with pytest.raises(DataError, match=r"'test' has labels -1..-1, the model has 3 outputs .*stands for 'no label'"):
         Split([(X, Y * 0 - 1)], "test").check_labels(3)
+    with pytest.raises(DataError, match=r"labels -100..0, .*-100 stands for 'no label' in torch's losses.*leave out"):
+        Split([(X, torch.where(Y == 1, -100, Y))], "test").check_labels(3)
 
 
 # --- classes

@@ -1,6 +1,7 @@
 """Co-movement and recommendation against planted truth; frames, save and open need no torch."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,12 @@ from gates import evaluated
 
 from sharpscope.detectors import OODRegression
 from sharpscope.errors import UsageError
+from sharpscope.recipe import Recipe
 from sharpscope.stragglers.correlation import COLUMNS, co_movement, ood_error
+from sharpscope.stragglers.label_free import Answers, label_free
 from sharpscope.stragglers.paired import difference, mean_difference
-from sharpscope.stragglers.recommendation import recommend
+from sharpscope.stragglers.recipes import Candidate, Contest
+from sharpscope.stragglers.recommendation import at, halves, recommend
 from sharpscope.table import Row, frame
 
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -138,6 +142,23 @@ def test_a_path_without_its_ends_has_no_verdict():
     middle = {k: v for k, v in planted(SUCCESS).items() if k[0] != 1.0}
     with pytest.raises(UsageError, match="lack an end point"):
         recommend(middle, "id", ["a"])
+
+
+@pytest.mark.parametrize("names", list(permutations("xyz")))
+def test_of_alphas_that_are_equally_good_the_smallest_is_chosen_whatever_the_order_of_the_sets(names):
+    """Accuracies 11/14, 12/14 and 13/14, in another order at each alpha: their sums differ in the last bit."""
+    chosen = halves(28, 0)[0]
+    right = {0.0: (0, 0, 0), 0.3: (11, 12, 13), 0.6: (13, 11, 12), 1.0: (0, 0, 0)}
+    correct = {(alpha, "id"): np.zeros(28, dtype=bool) for alpha in right}
+    for alpha, counts in right.items():
+        for name, count in zip("xyz", counts, strict=True):
+            correct[alpha, name] = np.isin(np.arange(28), chosen[:count])
+    assert recommend(correct, "id", names).alpha == 0.3
+    tried = [Candidate(str(alpha), "uniform", Recipe.uniform(alpha), at(correct, alpha)) for alpha in right]
+    assert Contest(tried, "id", names, 0).uniform.name == "0.3"
+    sure = {place: Answers(found, found.astype(np.float32)) for place, found in correct.items()}
+    table = label_free(sure, "id", names).query("chosen and estimator == 'AC'")
+    assert list(table["alpha"]) == [0.3]
 
 
 def test_the_quoted_gain_is_not_inflated_by_choosing():

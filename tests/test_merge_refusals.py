@@ -159,6 +159,19 @@ def test_what_is_no_state_dict_is_said(tmp_path, stored):
         read_weights(tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.eye(3).to_sparse(), r"holds 'b' as a sparse tensor \(torch.sparse_coo\)\n  fix: tensor.to_dense\(\)"),
+        (torch.ones(3, device="meta"), r"holds no values of 'b': .* 'meta'\n  fix: load the weights"),
+    ],
+)
+def test_tensors_without_plain_values_are_named(tmp_path, tensor, said):
+    torch.save({"a": torch.ones(1), "b": tensor}, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=said):
+        read_weights(tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize("ref", ["nowhere/at/all", "./nothing", "owner/never-downloaded"])
 def test_nothing_there_is_said(ref):
     with pytest.raises(UsageError, match=r"there (are no weights|is no model) at"):
@@ -190,6 +203,15 @@ def test_one_tensor_under_two_alphas_is_refused(tmp_path):
 
 
 # --- the recipe
+
+
+@pytest.mark.parametrize("given", [{"blocks.0": 0.1, "*": 0.5}, [("blocks.0", 0.1), ("*", 0.5)]])
+def test_rules_that_are_no_recipe_are_told_how_to_be_one(ends, tmp_path, given):
+    said = (
+        rf"the recipe is a {type(given).__name__}\n  fix: sharpscope.Recipe\(\(\('blocks.0', 0.1\), \('\*', 0.5\)\)\)"
+    )
+    with pytest.raises(UsageError, match=said):
+        merge(*ends, given, tmp_path / "m.safetensors")
 
 
 def test_a_rule_that_matches_no_layer_names_the_nearest(ends, tmp_path):

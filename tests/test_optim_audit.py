@@ -168,6 +168,34 @@ def test_a_resumed_log_is_that_of_the_uninterrupted_run(tmp_path, at, granularit
     assert lines("whole", False) == lines("resumed", True)
 
 
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_run_that_adds_a_group_goes_on_with_its_log_from_before_and_after(tmp_path, at):
+    """Layers that are unfrozen one after the other: the first comes after step 4."""
+    path = tmp_path / "spd.jsonl"
+
+    def run(step, saved=None):
+        model, states = network().eval(), {}
+        optimizer = AdamSPD(model[3].named_parameters(prefix="3"), lr=0.05, anchor=network(1))
+        later = {"params": list(model[0].named_parameters(prefix="0")), "anchor": network(1)}
+        if step > 4:
+            optimizer.add_param_group(later)
+        if saved:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        with audited(optimizer, path, every=2, step=step):
+            for done in range(step + 1, 9):
+                train(model, optimizer, 1, start=done)
+                states[done] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                if done == 4:
+                    optimizer.add_param_group(later)
+        return states, path.read_text()
+
+    states, text = run(0)
+    header = read_audit(path).header
+    assert [facts["partition"] != header["partition"] for facts in header["grown_from"]] == [True]
+    assert run(at, states[at])[1] == text
+
+
 def test_decisions_that_the_end_of_a_training_wrote_are_not_counted_again(tmp_path):
     """A trainer saves its last state first, and ends the log then."""
     model, path = network().eval(), tmp_path / "spd.jsonl"
@@ -224,8 +252,12 @@ def test_a_log_of_another_anchor_or_of_something_else_is_refused(tmp_path):
         read_audit(tmp_path / "nowhere.jsonl")
     with pytest.raises(UsageError, match="an audit log of AdamW"):
         AuditLog(tmp_path / "adam.jsonl", torch.optim.AdamW(network().parameters()))
-    with pytest.raises(UsageError, match="every=0"):
-        AuditLog(tmp_path / "zero.jsonl", spd(network()), every=0)
+    for odd in (0, 2.5, "often", None):
+        with pytest.raises(UsageError, match=f"every={odd!r}: needs a whole number, 1 or more"):
+            AuditLog(tmp_path / "odd.jsonl", spd(network()), every=odd)
+    for odd in (-1, 2.5, "8", None):
+        with pytest.raises(UsageError, match=f"step={odd!r}: needs a whole number, 0 or more"):
+            AuditLog(tmp_path / "odd.jsonl", spd(network()), step=odd)
 
 
 def test_a_log_that_is_moved_away_meanwhile_is_followed_by_another(tmp_path):

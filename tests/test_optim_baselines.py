@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.optim import SAM, AdamL2SP, AdamRadius, probing
 
 
@@ -112,6 +112,36 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     assert len(values) == 2
     assert w.item() == pytest.approx(2.0 - lr * a * (2.0 + rho), rel=1e-6)
     assert optimizer.state_dict()["param_groups"][0]["lr"] == lr
+
+
+def test_sam_that_maximises_mirrors_sam_that_minimises():
+    found = []
+    for sign in (1, -1):
+        model = network()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), 0.1, maximize=sign < 0), rho=0.5)
+
+        def closure(model=model, optimizer=optimizer, sign=sign):
+            optimizer.zero_grad()
+            loss = sign * model(inputs(0)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        found.append(model)
+    assert same(*found)
+
+
+def test_sparse_gradients_have_a_way_out():
+    table = torch.nn.Embedding(4, 2, sparse=True)
+
+    def closure():
+        table(torch.tensor([1])).sum().backward()
+
+    sam = SAM(torch.optim.SGD(table.parameters(), 0.1))
+    with pytest.raises(ModelError, match=r"of shape \(4, 2\) is sparse\n  fix: sparse=False"):
+        sam.step(closure)
+    with pytest.raises(ModelError, match="gradient of 'weight' is sparse"):
+        AdamL2SP(table.named_parameters(), anchor="init", strength=0.1).step()
 
 
 def test_a_step_of_sam_that_is_interrupted_leaves_the_weights_as_they_were():

@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,6 +154,18 @@ def test_a_state_of_another_shape_or_name_is_refused_by_name():
         AdamSPD(groups, anchor="init").load_state_dict(state)
 
 
+def test_what_is_no_state_of_such_an_optimiser_is_refused():
+    model = network()
+    optimizer = AdamSPD(model.named_parameters(), anchor="init")
+    with pytest.raises(UsageError, match=r"keys \['model', 'optimizer'\]\n  fix: .*checkpoint\['optimizer'\]"):
+        optimizer.load_state_dict({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    with pytest.raises(MismatchError, match="group 0 of the saved state has no 'betas'"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    with pytest.raises(MismatchError, match="no 'momentum'"):
+        SGDSPD(model.named_parameters(), anchor="init").load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 1)
+
+
 def test_stored_anchors_replace_those_of_the_optimiser_loaded_into():
     model = network()
     optimizer = AdamSPD(model.named_parameters(), anchor=network(1), store_anchor=True)
@@ -213,6 +226,7 @@ def test_anchors_are_copies():
         ({"0.weight": torch.zeros(8, 5)}, r"'0\.bias' has no anchor"),
         ({**network().state_dict(), "0.weight": torch.zeros(1, 5)}, r"'0\.weight' is \(8, 5\), its anchor \(1, 5\)"),
         ({**network().state_dict(), "2.bias": torch.zeros(3, dtype=torch.long)}, r"anchor of '2\.bias' is torch.int64"),
+        ({**network().state_dict(), "2.bias": np.zeros(3)}, r"anchor of '2\.bias' is a ndarray\n  fix: tensors"),
     ],
 )
 def test_a_missing_or_broadcastable_or_integer_anchor_is_refused_by_name(anchor, message):
@@ -227,6 +241,9 @@ def test_a_missing_or_broadcastable_or_integer_anchor_is_refused_by_name(anchor,
         ({"anchor": 3}, "anchor=3"),
         ({"decay": -0.1}, r"decay=-0\.1"),
         ({"decay": float("nan")}, "decay=nan"),
+        ({"decay": "0.5"}, "decay='0.5'"),
+        ({"exclude": None}, r"exclude=None\n  fix: regular expressions"),
+        ({"exclude": [3]}, "exclude=3 is no regular expression"),
         ({"exclude": ["heda"]}, "exclude='heda' matches no parameter"),
         ({"exclude": ["("]}, r"exclude='\(' is no regular expression"),
         ({"exclude": [""]}, "every parameter is excluded"),
@@ -245,6 +262,12 @@ def test_parameters_without_names_are_refused_with_the_way_out():
         AdamSPD(network().parameters(), anchor="init")
     with pytest.raises(UsageError, match="no parameters"):
         AdamSPD([], anchor="init")
+
+
+@pytest.mark.parametrize("given", [network(), network().state_dict(), dict(network().named_parameters()), None])
+def test_what_holds_no_named_parameters_is_named(given):
+    with pytest.raises(UsageError, match=rf"the parameters are a {type(given).__name__}\n  fix: model\.named_"):
+        AdamSPD(given, anchor="init")
 
 
 @pytest.mark.parametrize("groups", [False, True])

@@ -73,6 +73,9 @@ def test_limits_of_numpy_are_taken_for_interventions(tmp_path):
         *(({"interventions": odd}, f"interventions={odd!r}: neither yes nor no") for odd in (3, 0, "no", "off")),
         *(({"recipes": odd}, f"recipes={odd!r}: neither yes nor no") for odd in (5, "no")),
         ({"loss": None}, "loss=None is no loss"),
+        ({"loss": nn.CrossEntropyLoss}, r"is a class, no function\n  fix: .*CrossEntropyLoss\(reduction='sum'\)"),
+        ({"loss": lambda z: z.sum()}, r"the loss fails on outputs \(.*, 3\) .* and class numbers .*: .*positional"),
+        ({"loss": nn.BCEWithLogitsLoss(reduction="sum")}, r"the loss fails on .*: Target size .*\n  fix: .*one_hot"),
         ({"loss": lambda z, y: torch.zeros(())}, "the loss does not depend on the model's outputs"),
         (
             {"loss": lambda z, y: cross_entropy(z.detach(), y, reduction="sum")},

@@ -51,6 +51,32 @@ def test_sharpness_on_a_sets_own_data_is_on_that_set():
     assert (found.id_split, list(found.ood_splits), found.meta["curvature_split"]) == ("id", ["far"], "far")
 
 
+class Tied(nn.Module):
+    def __init__(self, *, tied):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+        if tied:
+            self.second.weight = self.first.weight
+        self.prompt = nn.Parameter(torch.zeros(0, 8))  # of no token
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()) + self.prompt.sum(0))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_that_are_tied_in_one_model_only_are_named(order):
+    roles = ("the zero-shot model", "the fine-tuned model")[::order]
+    said = f"'second.weight' is tied to 'first.weight' in {roles[0]} and has weights of its own in {roles[1]}"
+    with pytest.raises(MismatchError, match=rf"{said}\n  fix: tie it in both or in neither"):
+        ss.scan(*[Tied(tied=tied).eval() for tied in (True, False)][::order], loader(), progress=False)
+
+
+def test_a_parameter_without_entries_has_no_sharpness_and_stops_no_measure():
+    ends = [Tied(tied=True).eval() for _ in range(2)]
+    found = ss.scan(*ends, loader(), alphas=[0, 1], interventions=True, ood={"far": loader(seed=6)}, progress=False)
+    assert set(found.layers["layer"]) == {"first", "head", "model"}
+
+
 @pytest.mark.parametrize("name", ["mean OOD", "ood mean"])
 def test_no_set_is_called_as_the_mean_over_sets(name):
     with pytest.raises(UsageError, match=f"{name!r} stands for the mean over OOD sets"):

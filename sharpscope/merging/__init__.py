@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from sharpscope.errors import UsageError
 from sharpscope.merging.output import check_output, write_merge
 from sharpscope.merging.plan import MergePlan, merge_plan
 from sharpscope.merging.scanned import scanned_plan
@@ -63,13 +64,18 @@ def merge(
     ModelError
         If a file is missing, damaged or pickled code.
     UsageError
-        If a rule matches no layer, or something is at ``out``.
+        If the recipe is neither of the two, a rule matches no layer, or something is at ``out``.
 
     Notes
     -----
     One pair of tensors is held at a time. Cost: both checkpoints are read twice, once for their hashes. A merge that is
     killed leaves its scratch, ``OUT.PID.part``, beside ``out``; it may be deleted.
     """
+    if isinstance(recipe, Mapping | list | tuple):
+        pairs = tuple(recipe.items() if isinstance(recipe, Mapping) else recipe)
+        raise UsageError(
+            f"the recipe is a {type(recipe).__name__}", f"sharpscope.Recipe({pairs!r}), the first match wins"
+        )
     rules = recipe if isinstance(recipe, Recipe) else Recipe.uniform(recipe)
     plan = merge_plan(read_weights(zero_shot), read_weights(fine_tuned), rules, granularity=granularity)
     return write_plan(plan, out, overwrite=overwrite)

@@ -32,6 +32,7 @@ UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
 )
+AGAIN_LOADED = "load the weights into the model before they are saved"
 STATE_DICT = "torch.save(model.state_dict(), FILE)"
 
 
@@ -115,6 +116,7 @@ class TorchFile:
         if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
             raise _no_state_dict(path, weights, self.wrappers)
         self._weights: dict[str, Tensor] = {str(key): tensor for key, tensor in weights.items()}
+        _check_plain(path, self._weights)
         self.specs = {key: _spec(tensor) for key, tensor in self._weights.items()}
 
     def tensor(self, key: str) -> Tensor:
@@ -143,6 +145,17 @@ def _no_state_dict(path: Path, stored: Mapping[Any, Any], wrappers: tuple[str, .
         )
     odd = next((f"{k!r} is a {type(v).__name__}" for k, v in stored.items() if not isinstance(v, Tensor)), None)
     return ModelError(f"{path} holds no state dict ({odd or 'it is empty'})", STATE_DICT)
+
+
+def _check_plain(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor does not lie in memory entry by entry."""
+    for key, tensor in weights.items():
+        if tensor.is_meta:
+            raise ModelError(f"{path} holds no values of {key!r}: it was saved from the device 'meta'", AGAIN_LOADED)
+        if tensor.layout != torch.strided:
+            raise ModelError(
+                f"{path} holds {key!r} as a sparse tensor ({tensor.layout})", "tensor.to_dense() before it is saved"
+            )
 
 
 def extraction(path: Path, keys: Sequence[Any] = (), prefix: str = "") -> str:

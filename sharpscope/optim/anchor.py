@@ -40,11 +40,13 @@ def excluded(name: str, patterns: Sequence[str]) -> bool:
 
 def checked_patterns(exclude: str | Iterable[str]) -> tuple[str, ...]:
     """Return the patterns; ``UsageError`` if one is no regular expression."""
+    if not isinstance(exclude, Iterable):
+        raise UsageError(f"exclude={exclude!r}", "regular expressions: exclude=['head', 'logit_scale'], or [] for none")
     found = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for pattern in found:
         try:
             re.compile(pattern)
-        except re.error as problem:
+        except (re.error, TypeError) as problem:
             raise UsageError(f"exclude={pattern!r} is no regular expression: {problem}", "escape it") from problem
     return found
 
@@ -83,6 +85,8 @@ def found_for(name: str, parameter: Tensor, source: Source) -> Tensor | None:
             f"parameter {name!r} has no anchor",
             f"exclude=[{name!r}] if it is new, or an anchor that holds it",
         )
+    if not isinstance(tensor, Tensor):
+        raise MismatchError(f"the anchor of {name!r} is a {type(tensor).__name__}", "tensors of torch")
     if tensor.shape != parameter.shape:
         raise MismatchError(
             f"parameter {name!r} is {tuple(parameter.shape)}, its anchor {tuple(tensor.shape)}",

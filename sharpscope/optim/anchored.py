@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpscope.errors import MismatchError, UsageError
 from sharpscope.optim import shards
@@ -26,7 +26,7 @@ from sharpscope.optim.anchor import (
     plain_name,
     tensors_of,
 )
-from sharpscope.optim.state import by_name, checked_shapes
+from sharpscope.optim.state import by_name, checked_shapes, groups_in
 
 
 class Anchored(torch.optim.Optimizer):
@@ -163,10 +163,11 @@ class Anchored(torch.optim.Optimizer):
 
         Raises
         ------
-        MismatchError
-            If parameters, shapes or anchors are not those it was saved with. Nothing has been changed then.
+        UsageError, MismatchError
+            If it is no state of such an optimiser, or parameters, shapes or anchors are not those it was saved with.
+            Nothing has been changed then.
         """
-        groups = by_name(self.param_groups, state_dict["param_groups"])
+        groups = by_name(self.param_groups, groups_in(state_dict))
         checked_shapes(self.param_groups, groups, state_dict["state"])
         stored = state_dict.get("anchors")
         if stored is None:
@@ -230,6 +231,9 @@ def as_groups(params: Parameters) -> list[dict[str, Any]]:
     UsageError
         If there are no parameters.
     """
+    found = type(params).__name__
+    if isinstance(params, nn.Module | Mapping) or not isinstance(params, Iterable):
+        raise UsageError(f"the parameters are a {found}", "model.named_parameters(), or a list of groups of them")
     items: list[Any] = list(params)
     if not items:
         raise UsageError("there are no parameters to optimise", "model.named_parameters()")

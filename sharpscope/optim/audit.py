@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharpscope._version import __version__
+from sharpscope.counts import whole
 from sharpscope.errors import UsageError
 from sharpscope.home import at_home
 from sharpscope.optim import projection, shards
@@ -38,7 +39,8 @@ class AuditLog:
         The file. One that holds a log of the same anchor, partition and options is continued: its lines after
         ``step`` are dropped, so a run resumed from a checkpoint has every line once. Begun anew at step 0, the log that
         was there is kept beside, as ``NAME.1.jsonl``, with a warning. The state of the optimiser holds the decisions
-        that were in no line when it was saved, so load it first.
+        that were in no line when it was saved, so load it first. Where groups of parameters are added on the way, the
+        header follows with the next line; a checkpoint of before or after continues the log.
     optimizer
         An ``AdamSPD`` or ``SGDSPD``.
     every
@@ -55,11 +57,11 @@ class AuditLog:
     def __init__(self, path: str | Path, optimizer: Any, *, every: int = 100, step: int = 0) -> None:
         if not isinstance(optimizer, SelectiveProjection):
             raise UsageError(f"an audit log of {type(optimizer).__name__}", "AdamSPD or SGDSPD")
-        if every < 1:
-            raise UsageError(f"every={every}", "a number of steps from 1")
         self.path = at_home(path)
         self.optimizer = optimizer
-        self.every = every
+        self.every = whole("every", every, 1, "optimiser steps between lines, e.g. every=100")
+        step = whole("step", step, 0, "optimiser steps already made: 0, or those of the checkpoint resumed from")
+        self._said = self.header()  # what the file says of the run
         self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         carried = optimizer.activity() if step else []
         # The grid of lines is that of the state, which all ranks have: the log lies with the first.
@@ -71,26 +73,42 @@ class AuditLog:
 
     def _open(self, step: int) -> int:
         """Begin the file, or continue it; return the step of the last line that it keeps, 0 without one."""
-        header = self.header()
+        header = self._said
         if not self.path.exists() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write([header])
             return 0
         old, lines, _ = read_lines(self.path)
-        for key in _SAME:
-            if old.get(key) != header[key]:
-                raise UsageError(
-                    f"{self.path} is the log of another run: {key} is {old.get(key)!r} there, {header[key]!r} now",
-                    "another path, or move the file away",
-                )
+        self._check_run(old)
         if step == 0 and lines:
             aside = self._aside()
             self.path.replace(aside)
             warnings.warn(f"{self.path} was the log of an earlier training: it is {aside.name} now", stacklevel=4)
             old, lines = header, []
         kept = [line for line in lines if line["step"] <= step]
-        self._write([old, *kept])
+        self._said = {**old, **_facts(header)}
+        self._write([self._said, *kept])
         return max((int(line["step"]) for line in kept), default=0)
+
+    def _check_run(self, old: Line) -> None:
+        """Raise unless the header is of this run, as it is or as it was before groups were added."""
+        if _facts(self._said) in old.get("grown_from", ()):
+            return
+        for key, fact in _facts(self._said).items():
+            if old.get(key) != fact:
+                raise UsageError(
+                    f"{self.path} is the log of another run: {key} is {old.get(key)!r} there, {fact!r} now",
+                    "another path, or move the file away",
+                )
+
+    def _grow(self) -> None:
+        """Bring the header up to date where groups were added: a run resumed from here on has them from its start."""
+        before, now = _facts(self._said), _facts(self.header())
+        if before != now and self._writes and self.path.exists():
+            old, lines, _ = read_lines(self.path)
+            known = [facts for facts in old.get("grown_from", ()) if facts not in (before, now)]
+            self._said = {**old, **now, "grown_from": [*known, before]}
+            self._write([self._said, *lines])
 
     def _aside(self) -> Path:
         """Return a name beside the log's that is free."""
@@ -129,6 +147,7 @@ class AuditLog:
     def write(self, step: int) -> None:
         """Write one line per layer now."""
         self._last = self.optimizer.since = step
+        self._grow()
         self.append({"kind": "activity", "step": step, **line} for line in self._lines())
 
     def append(self, lines: Iterable[Line]) -> None:
@@ -177,6 +196,10 @@ class AuditLog:
         distance, size = torch.cat(found, dim=1).sum(1).sqrt().tolist()
         relative = distance / size if size else None
         return {"distance": finite(distance), "relative_distance": finite(relative)}
+
+
+def _facts(header: Line) -> Line:
+    return {key: header.get(key) for key in _SAME}
 
 
 def _counted(units: Iterable[Activity]) -> Line:

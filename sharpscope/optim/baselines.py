@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpscope.errors import UsageError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.optim import projection, shards
 from sharpscope.optim.anchor import Parameters, Source, checked_patterns, excluded
 from sharpscope.optim.anchored import Anchored, as_groups
@@ -55,6 +55,7 @@ class AdamL2SP(Anchored, torch.optim.AdamW):
     def _before_update(self) -> None:
         for group, name, parameter in self.anchored():
             if parameter.grad is not None and group["strength"]:
+                shards.check_gradient(name, parameter, parameter.grad)
                 anchor = self.anchor_of(name, parameter)
                 known = None if anchor is None else [anchor]
                 moved = projection.deviations([shards.local(parameter)], known)
@@ -131,7 +132,7 @@ class SAM(torch.optim.Optimizer):
     optimizer
         Makes the step with the gradient at ``theta + rho * g / ||g||``.
     rho
-        Radius of the perturbation.
+        Radius of the perturbation; of groups that are maximised it goes down their gradient.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, rho: float = 0.05) -> None:
@@ -187,21 +188,25 @@ class SAM(torch.optim.Optimizer):
     @contextmanager
     def _perturbed(self) -> Iterator[None]:
         """Move the weights along their gradient; afterwards they are as they were, also of an interrupted step."""
-        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        uphill = {p: -1 if group.get("maximize") else 1 for group in self.param_groups for p in group["params"]}
+        weights = [weight for weight in uphill if weight.grad is not None]
         saved = [weight.clone() for weight in weights]
         try:
-            self._perturb(weights)
+            self._perturb(weights, [uphill[weight] for weight in weights])
             yield
         finally:
             if weights:
                 torch._foreach_copy_(weights, saved)
 
-    def _perturb(self, weights: list[Tensor]) -> None:
+    def _perturb(self, weights: list[Tensor], uphill: list[int]) -> None:
+        """Move to where what is minimised is larger, what is maximised smaller."""
         gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if sparse := [gradient for gradient in gradients if gradient.layout != torch.strided]:
+            raise ModelError(f"a gradient of shape {tuple(sparse[0].shape)} is sparse", "sparse=False in the embedding")
         sums = [projection.squares([shards.whole(gradient)])[0] for gradient in gradients]
         norm = sum(sums, torch.zeros((), dtype=torch.float64)).sqrt()
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.add_(gradient * (self.rho / (norm + 1e-12)).to(gradient.dtype))
+        for weight, gradient, sign in zip(weights, gradients, uphill, strict=True):
+            weight.add_(gradient * (sign * self.rho / (norm + 1e-12)).to(gradient.dtype))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class Selection:
 
 def checked_decay(decay: float) -> float:
     """Return lambda; ``UsageError`` if it is no number from 0."""
-    if not 0 <= decay < float("inf"):
-        raise UsageError(f"decay={decay}", "a number from 0 (plain optimiser); 1 is the paper's full projection")
+    if not isinstance(decay, SupportsFloat) or not 0 <= float(decay) < float("inf"):
+        raise UsageError(f"decay={decay!r}", "a number from 0 (plain optimiser); 1 is the paper's full projection")
     return float(decay)
 
 

@@ -7,10 +7,28 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpscope.errors import MismatchError
+from sharpscope.errors import MismatchError, UsageError
 from sharpscope.optim.anchor import plain_name
 
 Group = dict[str, Any]
+# What Adam and SGD are told apart by; torch loads either into the other, and the next step fails.
+_OF_RULE = ("betas", "momentum")
+
+
+def groups_in(state: Any) -> Sequence[Mapping[str, Any]]:
+    """Return the parameter groups of a saved state.
+
+    Raises
+    ------
+    UsageError
+        If it is the state of no optimiser, as a whole checkpoint is not.
+    """
+    if isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys():
+        return list(state["param_groups"])
+    held = f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+    raise UsageError(
+        f"this is no state of an optimiser: it has {held}", "what state_dict() gave: checkpoint['optimizer']"
+    )
 
 
 def by_name(current: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> list[Group]:
@@ -22,7 +40,8 @@ def by_name(current: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> lis
     Raises
     ------
     MismatchError
-        If the groups do not hold the same names; the message gives the first that is missing.
+        If the groups do not hold the same names, or the state is of an optimiser of another rule; the message gives
+        the first that is missing.
     """
     if len(current) != len(saved):
         raise MismatchError(
@@ -35,6 +54,11 @@ def by_name(current: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _reordered(index: int, mine: Group, theirs: Group) -> Group:
+    if lost := next((option for option in _OF_RULE if option in mine and option not in theirs), None):
+        raise MismatchError(
+            f"group {index} of the saved state has no {lost!r}: it is of an optimiser of another rule",
+            "a state of the same optimiser, or of the one of torch that it is made of",
+        )
     names = [plain_name(name) for name in mine["param_names"]]
     place = {plain_name(name): i for i, name in enumerate(theirs.get("param_names") or mine["param_names"])}
     if missing := [name for name in [*names, *place] if name not in place or name not in names]:

@@ -58,7 +58,7 @@ def mean_ood(result: ScanResult) -> Curve:
     chosen = evals[(evals["measure"] == "accuracy") & evals["split"].isin(result.ood_splits)]
     table = chosen.pivot_table(index="alpha", columns="split", values="value").dropna().sort_index()
     errors = chosen.pivot_table(index="alpha", columns="split", values="stderr").reindex(table.index)
-    value = table.mean(axis=1).to_numpy()
+    value = table.mean(axis=1).to_numpy().round(12)  # means of the same accuracies in another order tie
     half = Z95 * np.sqrt((errors**2).sum(axis=1).to_numpy()) / max(1, table.shape[1])
     return Curve(table.index.to_numpy(), value, value - half, value + half)
 

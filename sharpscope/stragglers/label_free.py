@@ -108,7 +108,8 @@ def label_free(answers: Mapping[tuple[float, str], Answers], id_split: str, ood:
             rows += [{"alpha": alpha, "estimator": name, **_row(split, e, true)} for split, e, true in scored]
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).assign(chosen=False)
     means = frame[frame["split"] == MEAN_OOD]
-    best = means.groupby("estimator", sort=False)["estimate"].idxmax()
+    # Rounded so that means of the same estimates in another order tie; the first of equals.
+    best = means["estimate"].round(9).groupby(means["estimator"], sort=False).idxmax()
     frame.loc[best, "chosen"] = True
     return frame
 

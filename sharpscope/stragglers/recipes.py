@@ -12,7 +12,7 @@ import pandas as pd
 from sharpscope.errors import UsageError
 from sharpscope.recipe import Recipe
 from sharpscope.stragglers.interval import accuracy_interval
-from sharpscope.stragglers.recommendation import Correct, Recommendation, at, compare, halves, versus_ends
+from sharpscope.stragglers.recommendation import Correct, Recommendation, at, compare, halves, score, versus_ends
 from sharpscope.table import Array, Cell
 
 COLUMNS = (
@@ -142,11 +142,6 @@ class Contest:
         gap = compare(candidate.correct, self.uniform.correct, self.target, self.second)
         low, high = gap.interval if candidate is not self.uniform else (0.0, 0.0)
         return {**facts, "versus_uniform": 100 * gap.value, "low": 100 * low, "high": 100 * high}
-
-
-def score(correct: Mapping[str, Array], target: Sequence[str], half: Mapping[str, Array]) -> float:
-    """Return the accuracy on a part of the images, averaged over the sets."""
-    return float(np.mean([correct[split][half[split]].mean() for split in target]))
 
 
 def with_recipe(found: Recommendation, contest: Contest, correct: Correct, keep_id: float | None) -> Recommendation:
