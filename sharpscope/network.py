@@ -220,3 +220,12 @@ def _check_bare(module: nn.Module, role: str) -> None:
         raise ModelError(f"{role} is scripted ({kind})", "the module before torch.jit.script or torch.jit.trace")
     if kind in ways:
         raise ModelError(f"{role} is a {kind}: no function of given weights that is differentiable twice", ways[kind])
+    spread = {
+        # Its forward sends buffers: ranks with unequal numbers of batches would wait for each other for ever.
+        "DistributedDataParallel": "the module inside: model.module",
+        "FullyShardedDataParallel": "the plain module and parallel='weights', or fully_shard (FSDP2) in its place",
+    }
+    for name, sub in module.named_modules():
+        if (kind := type(sub).__name__) in spread:
+            place = f"holds a {kind} ({name!r})" if name else f"is a {kind}"
+            raise ModelError(f"{role} {place}: its forward waits for other processes", spread[kind])

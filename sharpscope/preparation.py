@@ -64,8 +64,8 @@ def _modules(
     return (start, end), (models[0].name, models[1].name), notes
 
 
-def sharing_of(*models: Any) -> Parallel | None:
-    """Return that processes share the weights if the models are in shards.
+def in_shards(*models: Any) -> bool:
+    """Return whether the models are in shards.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def sharing_of(*models: Any) -> Parallel | None:
             f"{ROLES[found.index(True)]} is in shards and {ROLES[found.index(False)]} is not",
             "fully_shard both, or neither and parallel='weights'",
         )
-    return "weights" if any(found) else None
+    return any(found)
 
 
 def _ends(networks: tuple[Network, Network]) -> tuple[Path, Tree, list[str]]:

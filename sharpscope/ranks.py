@@ -231,16 +231,25 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group(group)  # not after an error: that would wait for ranks that are gone
 
 
-def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks) -> Parallel:
+def parallel_from(chosen: Parallel | None, chains: int, ranks: Ranks, *, in_shards: bool = False) -> Parallel:
     """Return what the ranks share: by default the chains if there is one for each, else the data.
+
+    Of models in shards always the weights, also where one process holds all of them: they are no plain tensors.
 
     Raises
     ------
     UsageError
-        If chains are to be shared and there are fewer than ranks.
+        If chains are to be shared and there are fewer than ranks, or models in shards are to be shared otherwise.
     """
     if chosen not in (None, "data", "alphas", "weights"):
         raise UsageError(f"parallel={chosen!r}", "'data', 'alphas' or 'weights'")
+    if in_shards:
+        if chosen not in (None, "weights"):
+            raise UsageError(
+                f"parallel={chosen!r} of models in shards, which no process can compute with alone",
+                "parallel='weights', which is their default, or the plain modules",
+            )
+        return "weights"
     if chosen == "weights" and ranks.size == 1:
         return "data"  # one process holds all of them
     if chosen == "alphas" and chains < ranks.size:

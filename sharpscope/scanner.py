@@ -21,7 +21,7 @@ from sharpscope.memory import Memory
 from sharpscope.partition import Granularity
 from sharpscope.plan import Plan, alphas_from
 from sharpscope.precision import Precision, differentiable, matmul_precision
-from sharpscope.preparation import prepare, sharing_of
+from sharpscope.preparation import in_shards, prepare
 from sharpscope.ranks import Parallel, Ranks, joined, parallel_from
 from sharpscope.result import ScanResult
 from sharpscope.search import RecipeSearch, recipes_from
@@ -166,7 +166,7 @@ def scan(
     )
     started = time.monotonic()
     with joined() as ranks, matmul_precision(precision), limited(memory, device):
-        shared = parallel_from(parallel or sharing_of(model_a, model_b), plan.chains, ranks)
+        shared = parallel_from(parallel, plan.chains, ranks, in_shards=in_shards(model_a, model_b))
         show = progress if ranks.leads else False
         splits = _splits(loader, _sets(ood), sharpness_on, show)
         job = prepare((model_a, model_b), *splits, plan, patterns, device, ranks, shared, memory)

@@ -191,3 +191,28 @@ def test_long_and_foreign_names_leave_figures_in_their_frame(hostile_tab: Tab, f
 def test_alphas_are_where_the_figures_say(tab: Tab) -> None:
     texts = tab.evaluate("[...document.querySelectorAll('#heatmap-trace svg text')].map((e) => e.textContent)")
     assert [text for text in texts if text in {f"{alpha:g}" for alpha in ALPHAS}].count("0.5") == 2
+
+
+@pytest.mark.parametrize("which", ["tab", "hostile_tab"])
+def test_a_printed_page_is_no_wider_than_the_paper(which: str, request: pytest.FixtureRequest) -> None:
+    tab = request.getfixturevalue(which)
+    tab.resize(703)  # A4 between the margins that the page asks for
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    found = tab.evaluate("document.documentElement.scrollWidth")
+    tab.send("Emulation.setEmulatedMedia", media="")
+    tab.resize(1400)
+    assert found <= 703
+
+
+@pytest.mark.parametrize("table", ["layer-table", "straggler-table"])
+def test_on_a_phone_a_wide_table_keeps_its_title_and_the_names_of_its_rows_in_view(tab: Tab, table: str) -> None:
+    tab.resize(390)
+    edges = tab.evaluate(
+        f"(() => {{const scroll = document.querySelector('#{table}').closest('.scroll'); const text = new Range();"
+        f"text.selectNodeContents(document.querySelector('#{table} caption'));"
+        "const frame = scroll.getBoundingClientRect(); const right = text.getBoundingClientRect().right;"
+        f"scroll.scrollLeft = 200; const name = document.querySelector('#{table} tbody th').getBoundingClientRect();"
+        "scroll.scrollLeft = 0; return [right - frame.right, frame.left - name.left]})()"
+    )
+    tab.resize(1400)
+    assert max(edges) <= 0

@@ -9,14 +9,15 @@ import torch.distributed as dist
 from nets import dense_hessian, flat, made, objective
 from processes import run
 from test_scan import loader, pair
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sharpscope
 from sharpscope.curvature.lanczos import Eigenvalue
 from sharpscope.curvature.point import Point
 from sharpscope.curvature.trace import Trace
-from sharpscope.errors import ModelError
+from sharpscope.errors import ModelError, UsageError
 from sharpscope.gathering import checked_mesh, sharded, spread
 from sharpscope.losses import cross_entropy
 from sharpscope.network import network
@@ -154,6 +155,42 @@ def test_products_in_shards_are_those_of_the_dense_hessian(tmp_path):
     assert not list(tmp_path.glob("*.error")), next(tmp_path.glob("*.error")).read_text()
     assert codes == [0, 0, 0]
     assert len(list(tmp_path.glob("products-[012]"))) == len(list(tmp_path.glob("scalar-[012]"))) == 3
+
+
+@pytest.fixture
+def group_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_modules_in_shards_of_one_process_are_measured_as_shards(tmp_path):
+    alone = one(tmp_path)
+    sharded_scan = modules(tmp_path)
+    np.testing.assert_allclose(sharded_scan.layers["value"], alone.layers["value"], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("parallel", ["data", "alphas"])
+def test_modules_in_shards_cannot_share_anything_but_weights(tmp_path, parallel):
+    nets = [wrapped(net) for net in pair("vit")]
+    with pytest.raises(UsageError, match=f"parallel='{parallel}' of models in shards.*\n  fix: parallel='weights'"):
+        scan(tmp_path, "shared", nets, parallel=parallel)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed.fsdp")  # that one process shards nothing
+def test_a_wrapper_whose_forward_waits_for_other_processes_is_refused_with_the_way_out():
+    distributed = nn.parallel.DistributedDataParallel
+    with pytest.raises(ModelError, match=r"is a DistributedDataParallel: .* waits .*\n  fix: .* model\.module"):
+        network(distributed(made("mlp")).eval(), "the model")
+    with pytest.raises(ModelError, match=r"holds a DistributedDataParallel \('0'\)"):
+        network(nn.Sequential(distributed(made("mlp"))).eval(), "the model")
+    flat = FullyShardedDataParallel(made("mlp"), device_id=torch.device("cpu")).eval()
+    with pytest.raises(ModelError, match=r"is a FullyShardedDataParallel: .*\n  fix: .* parallel='weights'"):
+        network(flat, "the model")
 
 
 def test_plain_tensors_have_no_mesh_and_other_spreads_are_refused(tmp_path):
