@@ -164,6 +164,19 @@ def test_stored_anchors_replace_those_of_the_optimiser_loaded_into():
     assert other.anchors["0.weight"].dtype == torch.float64
 
 
+def test_stored_anchors_of_half_precision_weights_keep_the_hash_of_what_was_given():
+    def optimizer():
+        return AdamSPD(network().bfloat16().named_parameters(), anchor=network(1), store_anchor=True)
+
+    before, after = optimizer(), optimizer()
+    after.load_state_dict(through_disk(before.state_dict()))
+    assert (
+        after.anchor_hash == before.anchor_hash == AdamSPD(network().named_parameters(), anchor=network(1)).anchor_hash
+    )
+    after.load_state_dict(through_disk({**after.state_dict(), "anchors": dict.fromkeys(after.anchors)}))
+    assert set(after.anchors.values()) == {None}
+
+
 def test_a_state_of_adamw_loads_with_a_warning():
     model = network()
     plain = torch.optim.AdamW(model.named_parameters(), 0.05)
