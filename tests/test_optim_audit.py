@@ -576,3 +576,18 @@ def test_batches_without_a_model_are_refused(tmp_path):
         audited(spd(network()), tmp_path / "spd.jsonl", batches=batches()),
     ):
         pass
+
+
+def test_a_module_wrapped_for_several_processes_is_measured_without_asking_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model, probe = network(), SharpnessProbe(batches(), Trace(most=5))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        monkeypatch.setattr(wrapped, "forward", None)  # sends the statistics of the batch norm
+        probe.check(wrapped)
+        found = probe(wrapped, layers(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [(layer, one.value) for layer, one in found] == [(n, one.value) for n, one in probe(model, layers(model))]

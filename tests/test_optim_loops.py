@@ -259,6 +259,12 @@ def sharded_rank(rank, port, folder, queue):
         summary = log.close(20)
         state = optimizer.state_dict()
         AdamSPD(model.named_parameters(), anchor=toy(1), granularity=granularity).load_state_dict(state)
+        stored = AdamSPD(model.named_parameters(), anchor=toy(1), store_anchor=True).state_dict()
+        again = AdamSPD(model.named_parameters(), anchor="init", granularity=granularity)
+        again.load_state_dict(stored)
+        for name, anchor in again.anchors.items():
+            assert torch.equal(anchor, optimizer.anchors[name])
+        assert again.anchor_hash == optimizer.anchor_hash
         weights = {name: p.full_tensor().detach().tolist() for name, p in model.named_parameters()}
         found[granularity] = (weights, optimizer.anchor_hash, summary)
     try:

@@ -177,6 +177,25 @@ def test_stored_anchors_replace_those_of_the_optimiser_loaded_into():
     assert other.anchors["0.weight"].dtype == torch.float64
 
 
+def test_stored_anchors_of_half_precision_weights_keep_the_hash_of_what_was_given():
+    def optimizer():
+        return AdamSPD(network().bfloat16().named_parameters(), anchor=network(1), store_anchor=True)
+
+    before, after = optimizer(), optimizer()
+    after.load_state_dict(through_disk(before.state_dict()))
+    assert (
+        after.anchor_hash == before.anchor_hash == AdamSPD(network().named_parameters(), anchor=network(1)).anchor_hash
+    )
+
+
+def test_a_stored_anchor_zero_stays_zero():
+    zero = AdamSPD(network().named_parameters(), anchor=None, store_anchor=True)
+    other = AdamSPD(network().named_parameters(), anchor="init")
+    other.load_state_dict(through_disk(zero.state_dict()))
+    assert set(other.anchors.values()) == {None}
+    assert other.anchor_hash == zero.anchor_hash
+
+
 def test_a_state_of_adamw_loads_with_a_warning():
     model = network()
     plain = torch.optim.AdamW(model.named_parameters(), 0.05)

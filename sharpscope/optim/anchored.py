@@ -155,7 +155,8 @@ class Anchored(torch.optim.Optimizer):
         for group in found["param_groups"]:
             group["anchor_digests"] = [self.digests.get(plain_name(name), "") for name in group["param_names"]]
         if self._store_anchor:
-            found["anchors"] = dict(self.anchors)
+            pairs = ((name, self.anchors[name], parameter) for _, name, parameter in self.anchored())
+            found["anchors"] = {n: None if tensor is None else shards.piece_of(tensor, p) for n, tensor, p in pairs}
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -174,19 +175,22 @@ class Anchored(torch.optim.Optimizer):
             self._check_digests(groups)
         else:
             stored = {name: self._stored(name, p, stored) for _, name, p in self.anchored()}
+        known = _digests_in(groups)
         for mine, group in zip(self.param_groups, groups, strict=True):
             group.pop("anchor_digests", None)
             for key in self._extra:  # a state of the plain optimiser has none of them
                 group.setdefault(key, mine[key])
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        for name, tensor in (stored or {}).items():
-            self.anchors[name], self.digests[name] = tensor, digest(tensor)
+        for name, (tensor, own) in (stored or {}).items():
+            # What was given may have been finer than what is kept beside half-precision weights: its hash stays.
+            self.anchors[name], self.digests[name] = tensor, known.get(name) or own
 
-    def _stored(self, name: str, parameter: Tensor, stored: Mapping[str, Tensor | None]) -> Tensor | None:
+    def _stored(self, name: str, parameter: Tensor, stored: Mapping[str, Tensor | None]) -> tuple[Tensor | None, str]:
+        """Return a stored anchor where the parameter is, and the hash of the whole."""
         if name in stored and stored[name] is None:
-            return None
+            return None, ZEROS
         tensor = found_for(name, parameter, {n: t for n, t in stored.items() if t is not None})
-        return None if tensor is None else placed(tensor, parameter)
+        return None if tensor is None else placed(tensor, parameter), digest(tensor)
 
     def _check_digests(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -205,6 +209,12 @@ class Anchored(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in self._own}}
+
+
+def _digests_in(groups: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the hashes of anchors that saved groups hold, by plain name."""
+    pairs = ((group["param_names"], group.get("anchor_digests", ())) for group in groups)
+    return {plain_name(name): mark for names, marks in pairs for name, mark in zip(names, marks, strict=bool(marks))}
 
 
 def _short(found: str) -> str:

@@ -40,6 +40,17 @@ def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return local(distribute_tensor(full, mesh, placements))
 
 
+def piece_of(part: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's part as what it is of a tensor cut as the parameter is, which a saved state must know."""
+    if not is_sharded(parameter):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def check(name: str, parameter: Tensor, *, by_row: bool) -> None:
     """Raise unless norms over all ranks can be had.
 

@@ -105,6 +105,7 @@ class SharpnessProbe:
             If weights are sharded, the model cannot take a batch or has no gradient there, or a label is none of its
             outputs.
         """
+        module = _inside(module)
         check_taken(self._unread, module, _NAME)
         with self._measured(module) as (objective, weights):
             for batch in objective.batches:
@@ -128,6 +129,7 @@ class SharpnessProbe:
         MeasurementError
             If the loss or a derivative is no finite number, as of a run that diverged.
         """
+        module = _inside(module)
         names = _named(module, layers)
         with self._measured(module) as (objective, weights):
             point = Point(objective, weights, names.names)
@@ -178,6 +180,16 @@ class SharpnessProbe:
                 "draws": found.draws,
                 "converged": found.converged,
             }
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """Return the module that was wrapped for several processes.
+
+    The wrapper's forward sends buffers: a process with more batches than others, or the only one that measures, would
+    wait for them for ever.
+    """
+    wrapper = type(module).__name__ == "DistributedDataParallel"
+    return module.get_submodule("module") if wrapper else module
 
 
 def _named(module: nn.Module, layers: Partition) -> Partition:
